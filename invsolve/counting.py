@@ -1,0 +1,140 @@
+"""What a solve costs: passes of the network and applications of the operator."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .operators import LinearOperator, Operator
+from .priors import AffineMap, Prior
+from .shapes import Sigma, X, Y
+
+
+@final
+@dataclass
+class Tally:
+    """Counts of images, so that a batch of 8 through the network is 8 forwards."""
+
+    forwards: int = 0
+    backwards: int = 0
+    applies: int = 0
+    adjoints: int = 0
+    closed_forms: int = 0
+
+
+@final
+class CountedPrior(Prior):
+    """A prior that counts its network's forwards and backwards."""
+
+    def __init__(self, inner: Prior, tally: Tally) -> None:
+        self.inner, self.tally = inner, tally
+        self.sigma_min, self.sigma_max = inner.sigma_min, inner.sigma_max
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        self.tally.forwards += len(x)
+        out = self.inner.denoise(x, sigma)
+        if out.requires_grad:
+            out.register_hook(self._count_backward)
+        return out
+
+    def _count_backward(self, grad: Tensor) -> None:
+        self.tally.backwards += len(grad)
+
+    @property
+    def normalised(self) -> tuple[Prior, AffineMap]:
+        inner, map = self.inner.normalised
+        return CountedPrior(inner, self.tally), map
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        self.inner.check(shape)
+
+
+def counted(operator: Operator, tally: Tally) -> Operator:
+    """The operator, counting what is asked of it."""
+    if isinstance(operator, LinearOperator):
+        return CountedLinear(operator, tally)
+    return CountedOperator(operator, tally)
+
+
+@final
+class CountedOperator(Operator):
+    """A nonlinear operator that counts: a vjp counts as an apply and an adjoint."""
+
+    def __init__(self, inner: Operator, tally: Tally) -> None:
+        self.inner, self.tally = inner, tally
+
+    def apply(self, x: X) -> Y:
+        self.tally.applies += len(x)
+        return self.inner.apply(x)
+
+    def vjp(self, x: X, v: Y) -> X:
+        self.tally.applies += len(x)
+        self.tally.adjoints += len(x)
+        return self.inner.vjp(x, v)
+
+
+@final
+class CountedLinear(LinearOperator):
+    """A linear operator that counts, inside conjugate gradients too.
+
+    A ``pinv`` or ``prox`` of the operator's own is one closed form; the general ones
+    run here, so that their applications are seen.
+    """
+
+    def __init__(self, inner: LinearOperator, tally: Tally) -> None:
+        self.inner, self.tally = inner, tally
+
+    @property
+    def is_unitary(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.is_unitary
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.inner.image_shape
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        return self.inner.measurement_shape
+
+    def apply(self, x: X) -> Y:
+        self.tally.applies += len(x)
+        return self.inner.apply(x)
+
+    def adjoint(self, y: Y) -> X:
+        self.tally.adjoints += len(y)
+        return self.inner.adjoint(y)
+
+    def pinv(self, y: Y, *, max_steps: int = 100, rtol: float = 1e-6) -> X:
+        if type(self.inner).pinv is LinearOperator.pinv:
+            return super().pinv(y, max_steps=max_steps, rtol=rtol)
+        self.tally.closed_forms += len(y)
+        return self.inner.pinv(y, max_steps=max_steps, rtol=rtol)
+
+    def prox(
+        self,
+        v: X,
+        y: Y,
+        rho: float | Tensor,
+        *,
+        max_steps: int = 50,
+        rtol: float = 1e-6,
+    ) -> X:
+        if type(self.inner).prox is LinearOperator.prox:
+            return super().prox(v, y, rho, max_steps=max_steps, rtol=rtol)
+        self.tally.closed_forms += len(y)
+        return self.inner.prox(v, y, rho, max_steps=max_steps, rtol=rtol)
+
+    def norm(self, like: X, *, max_steps: int = 200, rtol: float = 1e-5) -> float:
+        return self.inner.norm(like, max_steps=max_steps, rtol=rtol)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of CUDA's allocator since its last reset, or of this process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

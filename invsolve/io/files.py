@@ -1,0 +1,139 @@
+"""Which format a file is in, and its reader and writer."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from .image import Image, Unit
+
+READABLE = ".nii, .nii.gz, .npy, .png, .tif, .jpg"
+
+
+def read(path: str | Path, unit: Unit | None = None) -> Image:
+    """The image in a file: NIfTI, NumPy or a picture, told by the name's ending.
+
+    NIfTI volumes are reoriented to slices first, nose up (see `Image`) and carry their
+    affine; the others lie at the origin. Nothing in a file is ever executed.
+
+    Args:
+        path: the file.
+        unit: what the values are in. Unless given, NIfTI whose least value is below
+            −100 is taken for Hounsfield units, and everything else has none.
+
+    Raises:
+        ValueError: the file is missing, truncated, not an image, or not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: check the name")
+    name = path.name.lower()
+    try:
+        if name.endswith((".nii", ".nii.gz")):
+            image = _read_nifti(path)
+        elif name.endswith(".npy"):
+            array = np.load(path, allow_pickle=False)
+            image = Image.from_array(_stack(array))
+        elif name.endswith((".png", ".tif", ".tiff", ".jpg", ".jpeg")):
+            image = Image.from_array(_stack(_read_picture(path)))
+        else:
+            raise ValueError(f"unknown kind of file; it can be {READABLE}")
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot read {path}: {first_line}") from error
+    if not image.values.isfinite().all():
+        raise ValueError(
+            f"{path} holds NaN or infinite values: repair or mask them first"
+        )
+    if unit is None:
+        hounsfield = name.endswith((".nii", ".nii.gz")) and image.values.min() < -100
+        unit = "HU" if hounsfield else ""
+    return Image(image.values, image.affine, unit)
+
+
+def write(path: str | Path, image: Image) -> None:
+    """Write an image, all of it or nothing: NIfTI (with its affine) or NumPy."""
+    path = Path(path)
+    array = image.values.detach().cpu().numpy()
+    if path.name.endswith((".nii", ".nii.gz")):
+        import nibabel as nib
+
+        volume = nib.Nifti1Image(array.transpose(2, 1, 0), image.affine)
+        volume.header.set_xyzt_units("mm")
+        ending = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+        replace(path, lambda partial: nib.save(volume, partial), ending)
+    elif path.suffix == ".npy":
+        replace(path, lambda partial: np.save(partial, array), ".npy")
+    else:
+        raise ValueError(f"cannot write {path}: the name must end in .nii.gz or .npy")
+
+
+def replace(path: Path, save: Callable[[str], object], ending: str = "") -> None:
+    """Let ``save`` write a file beside ``path``, and only when it is whole move it there.
+
+    Whatever happens meanwhile, ``path`` holds either what it held or all of the new.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle: IO[bytes]
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=".", suffix=".part" + ending, delete=False
+    ) as handle:
+        partial = Path(handle.name)
+    try:
+        save(str(partial))
+        partial.chmod(0o666 & ~_umask())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _stack(array: np.ndarray) -> torch.Tensor:
+    if array.ndim not in (2, 3) or array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"expected real numbers in 2 or 3 dimensions, got {array.dtype} "
+            f"of shape {array.shape}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    from skimage.io import imread
+
+    array = np.asarray(imread(path))
+    if array.ndim == 3:
+        raise ValueError("it has colours: convert it to grey first")
+    return array / np.iinfo(array.dtype).max if array.dtype.kind == "u" else array
+
+
+def _read_nifti(path: Path) -> Image:
+    import nibabel as nib
+    from nibabel.orientations import (
+        apply_orientation,
+        axcodes2ornt,
+        inv_ornt_aff,
+        io_orientation,
+        ornt_transform,
+    )
+
+    file = nib.nifti1.load(path)
+    if len(file.shape) not in (2, 3):
+        raise ValueError(f"expected a volume, got an array of shape {file.shape}")
+    shape = (*file.shape, 1)[:3]
+    # The array's axes run Left, Posterior, Superior after this, each from its opposite.
+    turn = ornt_transform(io_orientation(file.affine), axcodes2ornt(("L", "P", "S")))
+    array = apply_orientation(file.get_fdata(dtype=np.float32).reshape(shape), turn)
+    affine = file.affine @ inv_ornt_aff(turn, shape)
+    values = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 1, 0)))
+    return Image(values, affine)

@@ -1,0 +1,49 @@
+"""An image as it is in a file: values, where they lie, and in what unit."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Unit = Literal["HU", "1/mm", ""]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Image:
+    """Values on a grid, slices first: (z, y, x).
+
+    A medical volume is laid out as a radiologist sees it: x runs to the patient's left,
+    y to the back and z to the head, so that ``values[k]`` is an axial slice, nose up.
+
+    Args:
+        values: (z, y, x); a single picture has z = 1.
+        affine: 4×4, from the index (x, y, z) to millimetres in the world of NIfTI (x to
+            the patient's right, y to the front, z to the head).
+        unit: of the values: Hounsfield units, attenuation in 1/mm, or none.
+    """
+
+    values: Float[Tensor, "z y x"]
+    affine: np.ndarray
+    unit: Unit = ""
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres from voxel to voxel along (z, y, x)."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(z), float(y), float(x)
+
+    @classmethod
+    def from_array(cls, values: Tensor, unit: Unit = "") -> "Image":
+        """A picture (y, x) or a stack (z, y, x) without a place: 1 mm, at the origin."""
+        stack = values if values.ndim == 3 else values[None]
+        return cls(stack.to(torch.float32), np.diag([-1.0, -1.0, 1.0, 1.0]), unit)
+
+    def slices(self, start: int, stop: int) -> "Image":
+        """The slices start … stop−1, in their place in the world."""
+        affine = self.affine.copy()
+        affine[:3, 3] += start * affine[:3, 2]
+        return Image(self.values[start:stop], affine, self.unit)

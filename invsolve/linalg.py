@@ -1,0 +1,75 @@
+"""Iterative linear algebra on callables: it knows no operator, prior or file."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from invsolve.shapes import PerItem, X, per_item
+
+
+def dot(a: X, b: X) -> PerItem:
+    """Re⟨a, b⟩ for each item: the inner product that makes ℂⁿ a real space of 2n."""
+    return (a.conj() * b).real.flatten(1).sum(1)
+
+
+def cg(
+    apply: Callable[[Tensor], Tensor],
+    b: X,
+    x: X,
+    *,
+    max_steps: int,
+    rtol: float,
+) -> X:
+    """Solve M x = b by conjugate gradients (Hestenes & Stiefel 1952), item by item.
+
+    Every item has step lengths of its own, so that no item's answer depends on the
+    others'; an item that has converged stays where it is.
+
+    Args:
+        apply: x ↦ M x, with M Hermitian and positive semi-definite.
+        b: the right-hand side.
+        x: where to start.
+        max_steps: at most so many applications of M after the first.
+        rtol: stop when ‖b − M x‖ ≤ rtol ‖b‖ for every item.
+    """
+    r = b - apply(x)
+    p, rr = r, dot(r, r)
+    enough = rtol**2 * dot(b, b)
+    for _ in range(max_steps):
+        active = rr > enough
+        if not active.any():
+            break
+        Mp = apply(p)
+        pMp = dot(p, Mp)
+        # A direction in M's null space says that nothing more can be gained.
+        active = active & (pMp > 0)
+        alpha = torch.where(active, rr / pMp.where(active, torch.ones_like(pMp)), 0)
+        x = x + per_item(alpha, x) * p
+        r = r - per_item(alpha, x) * Mp
+        rr, rr_old = dot(r, r), rr
+        beta = torch.where(active, rr / rr_old.where(active, torch.ones_like(rr)), 0)
+        p = r + per_item(beta, x) * p
+    return x
+
+
+def largest_eigenvalue(
+    apply: Callable[[Tensor], Tensor], x: X, *, max_steps: int, rtol: float
+) -> Float[Tensor, ""]:
+    """The largest eigenvalue of a Hermitian M ⪰ 0, by power iteration from x.
+
+    The Rayleigh quotient of a power iteration approaches it from below.
+    """
+    value = torch.zeros((), dtype=x.abs().dtype, device=x.device)
+    for _ in range(max_steps):
+        norm = dot(x, x).sum().sqrt()
+        if norm == 0:
+            return norm
+        x = x / norm
+        y = apply(x)
+        value_old, value = value, dot(x, y).sum()
+        if (value - value_old).abs() <= rtol * value:
+            break
+        x = y
+    return value

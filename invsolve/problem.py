@@ -1,0 +1,111 @@
+"""The inverse problem itself: find x given y = A(x) + noise."""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .operators import (
+    GaussianNoise,
+    LinearOperator,
+    Mask,
+    Noise,
+    Operator,
+)
+from .priors import AffineMap
+from .shapes import PerItem, X
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class InverseProblem:
+    """Measurements y with the operator and the noise that made them.
+
+    Args:
+        y: (batch, …), as ``operator`` gives them.
+        operator: A, the same for every item.
+        noise: p(y | A(x)), in the measurements' unit.
+
+    Raises:
+        ValueError: y is not finite, or not what the operator or the noise can give.
+    """
+
+    y: Tensor
+    operator: Operator
+    noise: Noise
+
+    def __post_init__(self) -> None:
+        if not (self.y.is_floating_point() or self.y.is_complex()):
+            raise ValueError(f"measurements must be floating point, got {self.y.dtype}")
+        bad = int((~self.y.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"{bad} of {self.y.numel()} measurements are NaN or infinite: drop them "
+                "with a Mask, or repair them"
+            )
+        self.operator.check_measurements(self.y)
+        self.noise.check(self.y)
+
+    @property
+    def linear(self) -> LinearOperator:
+        """The operator, if it is linear; else a ValueError that names a way out."""
+        if not isinstance(self.operator, LinearOperator):
+            raise ValueError(
+                f"this method needs a linear operator, and "
+                f"{type(self.operator).__name__} is not: use reddiff or dps"
+            )
+        return self.operator
+
+    def misfit(self, x: X) -> PerItem:
+        """−log p(y | x), up to a constant."""
+        return self.noise.nll(self.y, self.operator.apply(x))
+
+    def misfit_grad(self, x: X) -> X:
+        """−∇_x log p(y | x)."""
+        residual = self.noise.nll_grad(self.y, self.operator.apply(x))
+        return self.operator.vjp(x, residual)
+
+    def whitened(self) -> tuple[LinearOperator, Tensor]:
+        """(√W A, √W y), with W the noise's precision: least squares with unit noise."""
+        weight = self.noise.precision(self.y)
+        if isinstance(weight, Tensor):
+            root = weight.sqrt()
+            return Mask(root) @ self.linear, root * self.y
+        return weight**0.5 * self.linear, weight**0.5 * self.y
+
+    def prox(self, v: X, rho: float | Tensor, *, max_steps: int, rtol: float) -> X:
+        """argmin_x ½‖Ax − y‖²_W + ρ/2 ‖x − v‖², with W the noise's precision.
+
+        For Gaussian noise ½‖·‖²_W is −log p(y | x); for counts it is its quadratic
+        approximation.
+        """
+        A, y = self.whitened()
+        return A.prox(v, y, rho, max_steps=max_steps, rtol=rtol)
+
+    def seen_through(self, map: AffineMap) -> "InverseProblem":
+        """The problem of u, where x = scale·u + offset: y − A(offset) = scale·A u.
+
+        The measurements' unit, and so the noise, stay as they are.
+        """
+        if map.scale == 1 and map.offset == 0:
+            return self
+        A = self.linear
+        like = A.adjoint(self.y)
+        if map.offset == 0:
+            return InverseProblem(self.y, map.scale * A, self.noise)
+        if not isinstance(self.noise, GaussianNoise):
+            raise ValueError(
+                f"a prior whose range has an offset needs GaussianNoise, not "
+                f"{type(self.noise).__name__}: choose the range so that 0 is background"
+            )
+        shifted = self.y - A.apply(torch.full_like(like, map.offset))
+        return InverseProblem(shifted, map.scale * A, self.noise)
+
+    def items(self, index: Tensor) -> "InverseProblem":
+        """The problem of some of the batch's items; an item may be named repeatedly."""
+        return replace(self, y=self.y[index.to(self.y.device)])
+
+    def to(self, device: torch.device) -> "InverseProblem":
+        """The same problem on a device."""
+        return replace(self, y=self.y.to(device), operator=self.operator.to(device))

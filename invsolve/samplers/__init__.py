@@ -1,0 +1,9 @@
+"""Posterior samplers, one paper to a file, and the classical methods beside them."""
+
+from .classical import fbp as fbp, tv as tv
+from .core import Kind as Kind, Sampler as Sampler
+from .dds import dds as dds
+from .diffpir import diffpir as diffpir
+from .dps import dps as dps
+from .reddiff import reddiff as reddiff
+from .unconditional import heun as heun

@@ -1,0 +1,83 @@
+"""DPS: guidance by the gradient of the data misfit through the network.
+
+Chung, Kim, McCann, Klasky, Ye, "Diffusion Posterior Sampling for General Noisy Inverse
+Problems", ICLR 2023, Algorithm 1.
+"""
+
+import torch
+from torch import Tensor
+
+from ..linalg import dot
+from ..priors import Prior
+from ..priors.schedules import ddpm_sigmas
+from ..problem import InverseProblem
+from ..random import Randomness, randn_like
+from ..shapes import X, per_item
+from .core import Progress, gives, image_like, start, transitions
+
+
+@gives("steered")
+def dps(
+    problem: InverseProblem,
+    prior: Prior,
+    *,
+    steps: int = 1000,
+    sigmas: Tensor | None = None,
+    zeta: float = 1.0,
+    eta: float = 1.0,
+    generator: Randomness,
+    progress: Progress = iter,
+) -> X:
+    """An ancestral step of the prior, then a step down ‖y − A(D(x; σ))‖.
+
+    x ← DDIM(η)(x, D) − ζ ∇_x ‖y − A(D(x; σ))‖₂, for the variance-preserving state. The
+    norm is each item's own (the authors' code takes the batch's, so that its results
+    depend on what else is in the batch), and D is not clipped. It depends on the noise
+    only through ζ, and fits the data closer than their noise: no posterior.
+
+    Args:
+        problem: what was measured; the operator may be nonlinear if y has the images'
+            shape, and any noise will do.
+        prior: a denoiser that can be differentiated.
+        steps: how many, at evenly spaced steps of the DDPM schedule.
+        sigmas: the noise levels instead, highest first.
+        zeta: ζ; 0.3 for super-resolution and blur, 0.5 for random inpainting, 1.0 for
+            phase retrieval in the paper, for images in [−1, 1].
+        eta: η, 1 for ancestral sampling and 0 for none but the first noise.
+        generator: where every random number comes from.
+        progress: wraps the loop, as ``tqdm`` does.
+
+    Returns:
+        One image for each item of y.
+    """
+    like = image_like(problem)
+    if sigmas is None:
+        sigmas = ddpm_sigmas(steps).clamp(prior.sigma_min, prior.sigma_max)
+    sigmas = sigmas.to(like.device, like.dtype)
+    x = start(like, sigmas[0], generator)
+    for sigma, sigma_next in progress(transitions(sigmas)):
+        x0, grad = misfit_norm_grad(problem, prior, x, sigma)
+        with torch.no_grad():
+            eps = (x - x0) / sigma
+            # The part of σ′ that is fresh noise; the rest continues the old.
+            fresh = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
+            kept = (sigma_next**2 - fresh**2).clamp_min(0).sqrt()
+            x = x0 + kept * eps + fresh * randn_like(x, generator)
+            # ζ is meant for the variance-preserving state √ᾱ x, both before and after.
+            x = x - zeta * (1 + sigma**2).sqrt() * (1 + sigma_next**2).sqrt() * grad
+    return x
+
+
+def misfit_norm_grad(
+    problem: InverseProblem, prior: Prior, x: X, sigma: Tensor
+) -> tuple[X, X]:
+    """D(x; σ) and ∇_x ‖y − A(D(x; σ))‖₂, item by item."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        x0 = prior.denoise(x, sigma)
+        residual = problem.operator.apply(x0.detach()) - problem.y
+        norm = dot(residual, residual).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+        unit = residual / per_item(norm, residual)
+        pulled = problem.operator.vjp(x0.detach(), unit)
+        (grad,) = torch.autograd.grad(x0, x, pulled)
+    return x0.detach(), grad

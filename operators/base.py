@@ -1,0 +1,268 @@
+"""What every forward operator can do, and how operators combine."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Generator, Tensor
+
+from invsolve.linalg import cg, dot, largest_eigenvalue
+from invsolve.random import randn_like
+from invsolve.shapes import X, Y
+
+
+class Operator(ABC):
+    """A forward map A: X → Y, the same for every item of the batch.
+
+    Images are (batch, channels, *space), measurements (batch, …). Operators are frozen
+    values: their fields are their parameters, and nothing changes them.
+    """
+
+    @abstractmethod
+    def apply(self, x: X) -> Y:
+        """A(x)."""
+
+    def __call__(self, x: X) -> Y:
+        self.check_image(x)
+        return self.apply(x)
+
+    def vjp(self, x: X, v: Y) -> X:
+        """J_A(x)ᴴ v, the pull-back of v; by autodiff unless a subclass knows better."""
+        _, pullback = torch.func.vjp(self.apply, x)
+        return pullback(v)[0]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The trailing dimensions that an image must have; empty if any will do."""
+        return ()
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        """The trailing dimensions that measurements must have; empty if any will do."""
+        return ()
+
+    def check_image(self, x: Tensor) -> None:
+        """Refuse, with a ValueError that says why, what cannot be measured."""
+        _check(x, self.image_shape, "an image", type(self).__name__)
+
+    def check_measurements(self, y: Tensor) -> None:
+        """Refuse, with a ValueError that says why, what cannot have been measured."""
+        _check(y, self.measurement_shape, "measurements", type(self).__name__)
+
+    def to(self, device: torch.device) -> Self:
+        """The same operator with its tensors on a device."""
+        if not is_dataclass(self):
+            return self
+        moved = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if f.init and isinstance(value := getattr(self, f.name), Tensor | Operator)
+        }
+        return replace(self, **moved)
+
+
+class LinearOperator(Operator):
+    """A linear map with its exact adjoint: Re⟨A x, y⟩ = Re⟨x, Aᴴ y⟩."""
+
+    is_unitary: ClassVar[bool] = False
+    """Whether AᴴA = AAᴴ = I, which gives compositions their closed forms."""
+
+    @abstractmethod
+    def adjoint(self, y: Y) -> X:
+        """Aᴴ y."""
+
+    def normal(self, x: X) -> X:
+        """AᴴA x."""
+        return self.adjoint(self.apply(x))
+
+    def vjp(self, x: X, v: Y) -> X:
+        """Aᴴ v, wherever x is."""
+        return self.adjoint(v)
+
+    def pinv(self, y: Y, *, max_steps: int = 100, rtol: float = 1e-6) -> X:
+        """A⁺y, the least-squares solution of least norm.
+
+        In closed form where there is one; else by conjugate gradients on AᴴA x = Aᴴy
+        from x = 0, so that x stays in the range of Aᴴ.
+        """
+        b = self.adjoint(y)
+        if self.is_unitary:
+            return b
+        return cg(self.normal, b, torch.zeros_like(b), max_steps=max_steps, rtol=rtol)
+
+    def prox(
+        self,
+        v: X,
+        y: Y,
+        rho: float | Tensor,
+        *,
+        max_steps: int = 50,
+        rtol: float = 1e-6,
+    ) -> X:
+        """argmin_x ½‖Ax − y‖² + ρ/2 ‖x − v‖².
+
+        In closed form where there is one; else by conjugate gradients on
+        (AᴴA + ρ) x = Aᴴy + ρ v from x = v.
+        """
+        b = self.adjoint(y) + rho * v
+        if self.is_unitary:
+            return b / (1 + rho)
+        return cg(
+            lambda x: self.normal(x) + rho * x, b, v, max_steps=max_steps, rtol=rtol
+        )
+
+    def norm(self, like: X, *, max_steps: int = 200, rtol: float = 1e-5) -> float:
+        """‖A‖, the largest singular value; by power iteration unless it is known.
+
+        Args:
+            like: any image the operator takes: its shape, dtype and device are used.
+            max_steps, rtol: of the power iteration, which approaches from below.
+        """
+        if self.is_unitary:
+            return 1.0
+        start = randn_like(like[:1], Generator().manual_seed(0))
+        value = largest_eigenvalue(self.normal, start, max_steps=max_steps, rtol=rtol)
+        return float(value) ** 0.5
+
+    def __matmul__(self, inner: "LinearOperator") -> "Compose":
+        return Compose(self, inner)
+
+    def __rmul__(self, factor: float) -> "Scaled":
+        return Scaled(factor, self)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Identity(LinearOperator):
+    """y = x: denoising."""
+
+    is_unitary: ClassVar[bool] = True
+
+    def apply(self, x: X) -> Y:
+        return x
+
+    def adjoint(self, y: Y) -> X:
+        return y
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Scaled(LinearOperator):
+    """c A, written ``c * A``."""
+
+    factor: float
+    inner: LinearOperator
+
+    def __post_init__(self) -> None:
+        if self.factor == 0:
+            raise ValueError("an operator scaled by 0 measures nothing")
+
+    def apply(self, x: X) -> Y:
+        return self.factor * self.inner.apply(x)
+
+    def adjoint(self, y: Y) -> X:
+        return self.factor * self.inner.adjoint(y)
+
+    def pinv(self, y: Y, *, max_steps: int = 100, rtol: float = 1e-6) -> X:
+        x = self.inner.pinv(y, max_steps=max_steps, rtol=rtol)
+        return x / self.factor
+
+    def prox(
+        self,
+        v: X,
+        y: Y,
+        rho: float | Tensor,
+        *,
+        max_steps: int = 50,
+        rtol: float = 1e-6,
+    ) -> X:
+        c = self.factor
+        return self.inner.prox(v, y / c, rho / c**2, max_steps=max_steps, rtol=rtol)
+
+    def norm(self, like: X, *, max_steps: int = 200, rtol: float = 1e-5) -> float:
+        return abs(self.factor) * self.inner.norm(like, max_steps=max_steps, rtol=rtol)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.inner.image_shape
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        return self.inner.measurement_shape
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Compose(LinearOperator):
+    """A = outer ∘ inner, written ``outer @ inner``."""
+
+    outer: LinearOperator
+    inner: LinearOperator
+
+    def apply(self, x: X) -> Y:
+        return self.outer.apply(self.inner.apply(x))
+
+    def adjoint(self, y: Y) -> X:
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+    def pinv(self, y: Y, *, max_steps: int = 100, rtol: float = 1e-6) -> X:
+        if self.inner.is_unitary:
+            outer = self.outer.pinv(y, max_steps=max_steps, rtol=rtol)
+            return self.inner.adjoint(outer)
+        if self.outer.is_unitary:
+            z = self.outer.adjoint(y)
+            return self.inner.pinv(z, max_steps=max_steps, rtol=rtol)
+        return super().pinv(y, max_steps=max_steps, rtol=rtol)
+
+    def prox(
+        self,
+        v: X,
+        y: Y,
+        rho: float | Tensor,
+        *,
+        max_steps: int = 50,
+        rtol: float = 1e-6,
+    ) -> X:
+        if self.inner.is_unitary:
+            u = self.inner.apply(v)
+            z = self.outer.prox(u, y, rho, max_steps=max_steps, rtol=rtol)
+            return self.inner.adjoint(z)
+        if self.outer.is_unitary:
+            z = self.outer.adjoint(y)
+            return self.inner.prox(v, z, rho, max_steps=max_steps, rtol=rtol)
+        return super().prox(v, y, rho, max_steps=max_steps, rtol=rtol)
+
+    @property
+    def is_unitary(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.outer.is_unitary and self.inner.is_unitary
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.inner.image_shape
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        return self.outer.measurement_shape
+
+
+def dottest(A: LinearOperator, x: X, y: Y) -> float:
+    """|⟨Ax, y⟩ − ⟨x, Aᴴy⟩| / (‖Ax‖‖y‖), which is 0 when the adjoint is exact.
+
+    Args:
+        A: the operator under test.
+        x: an image, best of random numbers.
+        y: measurements, best of random numbers.
+    """
+    Ax = A(x)
+    difference = dot(Ax, y).sum() - dot(x, A.adjoint(y)).sum()
+    return float(difference.abs() / (Ax.norm() * y.norm()))
+
+
+def _check(t: Tensor, shape: tuple[int, ...], what: str, operator: str) -> None:
+    if shape and tuple(t.shape[-len(shape) :]) != shape or t.ndim < len(shape) + 1:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{operator} expects {what} of shape (batch, …, {expected}), "
+            f"got {tuple(t.shape)}"
+        )

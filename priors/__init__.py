@@ -1,0 +1,19 @@
+"""Diffusion priors, all seen as denoisers."""
+
+from .analytic import (
+    GaussianMixturePrior as GaussianMixturePrior,
+    GaussianPrior as GaussianPrior,
+)
+from .base import Affine as Affine, AffineMap as AffineMap, Prior as Prior
+from .parameterisation import (
+    DiscretePrior as DiscretePrior,
+    EDMPrior as EDMPrior,
+    FlowPrior as FlowPrior,
+)
+from .schedules import (
+    ddpm_alphas_cumprod as ddpm_alphas_cumprod,
+    ddpm_sigmas as ddpm_sigmas,
+    karras_sigmas as karras_sigmas,
+)
+from .unet import UNet as UNet, UNetConfig as UNetConfig
+from .weights import available as available, load as load

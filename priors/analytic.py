@@ -1,0 +1,160 @@
+"""Priors known in closed form: the oracles that samplers are tested against."""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from invsolve.shapes import Sigma, X
+
+from .base import Prior
+
+
+@final
+class GaussianPrior(Prior):
+    """x₀ ~ N(m, C).
+
+    D(x; σ) = m + C (C + σ²I)⁻¹ (x − m), applied in C's eigenbasis, so that a level
+    costs no factorisation.
+
+    Args:
+        mean: m, of an image's shape.
+        cov: C, (d, d) over the flattened image, or its diagonal in the image's shape.
+    """
+
+    def __init__(
+        self,
+        mean: Float[Tensor, "*x"],
+        cov: Tensor,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> None:
+        d = mean.numel()
+        if cov.shape not in ((d, d), mean.shape):
+            raise ValueError(
+                f"cov must be ({d}, {d}) or of the mean's shape {tuple(mean.shape)}, "
+                f"got {tuple(cov.shape)}"
+            )
+        full = cov if cov.shape == (d, d) and cov.ndim == 2 else cov.flatten().diag()
+        self.mean, self.cov = mean, full
+        self.eigenvalues, self.basis = torch.linalg.eigh(full)
+        if self.eigenvalues[0] < -1e-6 * self.eigenvalues[-1].abs():
+            raise ValueError("cov is not positive semi-definite")
+        self.eigenvalues = self.eigenvalues.clamp_min(0)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        variance = sigma.reshape(-1, 1) ** 2
+        gain = self.eigenvalues / (self.eigenvalues + variance)
+        centred = (x - self.mean).flatten(1) @ self.basis
+        return self.mean + ((centred * gain) @ self.basis.T).reshape(x.shape)
+
+    def log_density(self, x: X, sigma: Sigma) -> Tensor:
+        """log p_σ(x) of x₀ + σn, for each item."""
+        variance = self.eigenvalues + sigma.reshape(-1, 1) ** 2
+        centred = (x - self.mean).flatten(1) @ self.basis
+        return -0.5 * (centred**2 / variance + (2 * torch.pi * variance).log()).sum(1)
+
+    def posterior(
+        self, A: Float[Tensor, "m d"], y: Float[Tensor, " m"], sigma: float
+    ) -> "GaussianPrior":
+        """p(x₀ | y) for y = A x₀ + σn: N(μ, Σ), exactly.
+
+        μ = m + CAᵀ(ACAᵀ + σ²I)⁻¹(y − Am), Σ = C − CAᵀ(ACAᵀ + σ²I)⁻¹AC.
+        """
+        noise = sigma**2 * torch.eye(len(y)).to(self.cov)
+        gain = torch.linalg.solve(A @ self.cov @ A.T + noise, A @ self.cov).T
+        mean = self.mean.flatten() + gain @ (y - A @ self.mean.flatten())
+        cov = self.cov - gain @ A @ self.cov
+        return GaussianPrior(mean.reshape(self.mean.shape), (cov + cov.T) / 2)
+
+    def evidence(
+        self, A: Float[Tensor, "m d"], y: Float[Tensor, " m"], sigma: float
+    ) -> Tensor:
+        """log p(y) = log N(y; Am, ACAᵀ + σ²I)."""
+        cov = A @ self.cov @ A.T + sigma**2 * torch.eye(len(y)).to(self.cov)
+        mean = A @ self.mean.flatten()
+        return torch.distributions.MultivariateNormal(mean, cov).log_prob(y)
+
+    def sample(self, n: int, *, generator: Generator) -> Tensor:
+        """(n, *x): independent draws."""
+        z = torch.randn(n, len(self.cov), generator=generator).to(self.cov)
+        x = (z * self.eigenvalues.sqrt()) @ self.basis.T
+        return self.mean + x.reshape(n, *self.mean.shape)
+
+
+@final
+class GaussianMixturePrior(Prior):
+    """x₀ ~ Σ w_k N(m_k, C_k).
+
+    D(x; σ) = Σ r_k(x) D_k(x; σ), with r_k ∝ w_k N(x; m_k, C_k + σ²I).
+
+    Args:
+        weights: w_k, positive; they are normalised to sum 1.
+        means: m_k, (components, *x).
+        covs: C_k, (components, d, d), or diagonals as (components, *x).
+    """
+
+    def __init__(
+        self,
+        weights: Float[Tensor, " components"],
+        means: Float[Tensor, "components *x"],
+        covs: Tensor,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> None:
+        if not (weights > 0).all() or not len(weights) == len(means) == len(covs):
+            raise ValueError(
+                "weights must be positive, with one mean and one covariance for each"
+            )
+        self.weights = weights / weights.sum()
+        self.components = [
+            GaussianPrior(m, c) for m, c in zip(means, covs, strict=True)
+        ]
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        parts = torch.stack([c.denoise(x, sigma) for c in self.components])
+        r = self.responsibilities(x, sigma).T
+        return (r.reshape(*r.shape, *(1,) * (x.ndim - 1)) * parts).sum(0)
+
+    def responsibilities(self, x: X, sigma: Sigma) -> Float[Tensor, "batch components"]:
+        """r_k(x), the probability that x₀ came from component k."""
+        return (self._joint(x, sigma)).softmax(1)
+
+    def log_density(self, x: X, sigma: Sigma) -> Tensor:
+        """log p_σ(x) of x₀ + σn, for each item."""
+        return self._joint(x, sigma).logsumexp(1)
+
+    def _joint(self, x: X, sigma: Sigma) -> Tensor:
+        log_p = [c.log_density(x, sigma) for c in self.components]
+        return torch.stack(log_p, dim=1) + self.weights.log()
+
+    def posterior(
+        self, A: Float[Tensor, "m d"], y: Float[Tensor, " m"], sigma: float
+    ) -> "GaussianMixturePrior":
+        """p(x₀ | y) for y = A x₀ + σn: again a mixture, exactly.
+
+        Its weights are ∝ w_k N(y; Am_k, AC_kAᵀ + σ²I).
+        """
+        parts = [c.posterior(A, y, sigma) for c in self.components]
+        log_w = torch.stack([c.evidence(A, y, sigma) for c in self.components])
+        weights = (log_w + self.weights.log()).softmax(0)
+        means = torch.stack([p.mean for p in parts])
+        return GaussianMixturePrior(
+            weights, means, torch.stack([p.cov for p in parts])
+        )
+
+    def sample(self, n: int, *, generator: Generator) -> Tensor:
+        """(n, *x): independent draws."""
+        k = torch.multinomial(self.weights.cpu(), n, True, generator=generator)
+        draws = [c.sample(n, generator=generator) for c in self.components]
+        return torch.stack(draws)[k, torch.arange(n)]
+
+    def to(self, device: torch.device) -> Prior:
+        moved = super().to(device)
+        assert isinstance(moved, GaussianMixturePrior)
+        parts = [c.to(device) for c in self.components]
+        moved.components = [p for p in parts if isinstance(p, GaussianPrior)]
+        return moved
