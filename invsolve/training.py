@@ -6,6 +6,7 @@ the loss of Karras et al. 2022 (eq. 8) with the weight 1/c_out².
 
 import csv
 import json
+import math
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,6 +39,8 @@ class Data(_Section):
     val: Path
     pattern: str = "*.nii.gz"
     unit: Literal["HU", ""] = ""
+    axes: str | None = None
+    """Where the arrays' axes point, if their affines are wrong; see `invsolve.io.read`."""
     scale: float = Field(1.0, gt=0)
     offset: float = 0.0
     min_foreground: float = Field(0.005, ge=0, le=1)
@@ -46,13 +49,21 @@ class Data(_Section):
     """Random translation by up to so many pixels, the background coming in."""
     flip: bool = True
     """Random left–right mirroring."""
+    crop: int = Field(0, ge=0)
+    """Side of the crops around the foreground that the first part of a run sees; 0 for
+    whole images throughout. Where most of an image is background, crops show the
+    network more for the same work; the last part lets it get used to whole images."""
 
 
 class Optimisation(_Section):
     """How long, and with what steps."""
 
     images: int = Field(60_000, gt=0)
+    """How many images to see; crops count by their area."""
     batch: int = Field(8, gt=0)
+    crop_batch: int = Field(16, gt=0)
+    crop_part: float = Field(0.7, ge=0, le=1)
+    """The part of the run that sees crops, if there are any."""
     lr: float = Field(6e-4, gt=0)
     warmup: int = Field(300, gt=0)
     """Steps over which the learning rate rises."""
@@ -89,6 +100,38 @@ class TrainConfig(_Section):
             raise ValueError(f"cannot read {path}: {error}") from error
 
 
+FOREGROUND = 0.25
+"""What is above it in the prior's range is not background."""
+
+
+class Plan:
+    """The steps of a run: first on crops, if there are any, then on whole images.
+
+    Args:
+        opt: how long.
+        crop_area: a crop's area as a fraction of an image's; 0 without crops.
+    """
+
+    def __init__(self, opt: Optimisation, crop_area: float) -> None:
+        self.opt = opt
+        self.per_crop_step = opt.crop_batch * crop_area
+        part = opt.crop_part * opt.images if crop_area else 0
+        self.crop_steps = round(part / self.per_crop_step) if part else 0
+        whole = opt.images - self.crop_steps * self.per_crop_step
+        self.steps = self.crop_steps + math.ceil(whole / opt.batch)
+
+    def seen(self, step: int) -> float:
+        """Images seen before a step, crops by their area."""
+        crops = min(step, self.crop_steps)
+        return crops * self.per_crop_step + (step - crops) * self.opt.batch
+
+    def rate(self, step: int) -> float:
+        """The learning rate, as a fraction: a rise, a plateau, and a linear fall."""
+        left = 1 - self.seen(step) / self.opt.images
+        fall = min(1.0, left / self.opt.decay) if self.opt.decay else 1.0
+        return fall * min(1.0, (step + 1) / self.opt.warmup)
+
+
 def load_slices(folder: Path, data: Data) -> Tensor:
     """Every slice with something in it, in the prior's range: (n, 1, y, x), float16."""
     files = sorted(folder.glob(data.pattern))
@@ -97,9 +140,9 @@ def load_slices(folder: Path, data: Data) -> Tensor:
     to_prior = AffineMap(data.scale, data.offset).inverse
     kept = []
     for path in files:
-        values = io.read(path).values
+        values = io.read(path, axes=data.axes).values
         u = to_prior(hu_to_mu(values) if data.unit == "HU" else values)
-        foreground = (u > 0.25).flatten(1).float().mean(1)
+        foreground = (u > FOREGROUND).flatten(1).float().mean(1)
         kept.append(u[foreground >= data.min_foreground].half())
     return torch.cat(kept)[:, None]
 
@@ -143,7 +186,8 @@ def train(
     adam = torch.optim.AdamW(
         net.parameters(), opt.lr, betas=(0.9, 0.99), weight_decay=0
     )
-    seen, history = 0, []
+    plan = Plan(opt, config.data.crop**2 / images[0].numel())
+    step, history = 0, []
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -153,9 +197,9 @@ def train(
         ema.load_state_dict(state["ema"])
         adam.load_state_dict(state["adam"])
         generator.set_state(state["generator"].cpu())
-        seen, history = state["seen"], state["history"]
+        step, history = state["step"], state["history"]
 
-    def save() -> Path:
+    def save(step: int) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         state = {
             "network": network.to_dict(),
@@ -163,18 +207,19 @@ def train(
             "ema": ema.state_dict(),
             "adam": adam.state_dict(),
             "generator": generator.get_state(),
-            "seen": seen,
+            "step": step,
             "history": history,
         }
         io.replace(checkpoint, lambda path: torch.save(state, path))
-        return _export(config, network, ema, seen, history, out, seed)
+        return _export(config, network, ema, round(plan.seen(step)), history, out, seed)
 
-    steps = range(seen, opt.images, opt.batch)
     running: list[Tensor] = []
-    for _ in progress(steps):
+    for step in progress(range(step, plan.steps)):
         for group in adam.param_groups:
-            group["lr"] = opt.lr * _schedule(seen, opt)
-        x0 = _batch(images, config.data, opt.batch, generator).to(device)
+            group["lr"] = opt.lr * plan.rate(step)
+        crop = config.data.crop if step < plan.crop_steps else 0
+        n = opt.crop_batch if crop else opt.batch
+        x0 = _batch(images, config.data, n, crop, generator).to(device)
         loss = edm_loss(net, x0, opt, generator)
         adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -182,16 +227,19 @@ def train(
         adam.step()
         ema.update_parameters(net)
         running.append(loss.detach())
-        before, seen = seen, seen + opt.batch
+        before, seen = plan.seen(step), plan.seen(step + 1)
         if seen // checkpoint_every > before // checkpoint_every:
             mean = float(torch.stack(running).mean())
             running.clear()
             prior = EDMPrior(ema.module, opt.sigma_data)
             history.append([seen, mean, *denoising_psnr(prior, val.to(device))])
-            save()
+            save(step + 1)
         if stop():
+            step += 1
             break
-    return save()
+    else:
+        step = plan.steps
+    return save(step)
 
 
 def edm_loss(
@@ -234,12 +282,16 @@ def denoising_psnr(prior: EDMPrior, val: Tensor) -> list[float]:
     return result
 
 
-def _batch(images: Tensor, data: Data, n: int, generator: Generator) -> Tensor:
+def _batch(
+    images: Tensor, data: Data, n: int, crop: int, generator: Generator
+) -> Tensor:
     index = torch.randint(len(images), (n,), generator=generator)
     x = images[index].float()
     if data.flip:
         flip = torch.rand(n, generator=generator) < 0.5
         x[flip] = x[flip].flip(-1)
+    if crop:
+        return torch.stack([_crop(image, crop, generator) for image in x])
     if data.shift:
         pad = data.shift
         padded = torch.nn.functional.pad(x, (pad, pad, pad, pad))
@@ -251,10 +303,14 @@ def _batch(images: Tensor, data: Data, n: int, generator: Generator) -> Tensor:
     return x
 
 
-def _schedule(seen: int, opt: Optimisation) -> float:
-    warm = min(1.0, (seen / opt.batch + 1) / opt.warmup)
-    left = (opt.images - seen) / opt.images
-    return warm * min(1.0, left / opt.decay if opt.decay else 1.0)
+def _crop(image: Tensor, side: int, generator: Generator) -> Tensor:
+    """A square around a pixel of the foreground, inside the image."""
+    where = (image[0] > FOREGROUND).nonzero()
+    pick = int(torch.randint(len(where), (), generator=generator))
+    jitter = torch.randint(-side // 2, side // 2 + 1, (2,), generator=generator)
+    limit = torch.tensor(image.shape[-2:]) - side
+    i, j = (where[pick] + jitter - side // 2).clamp_min(0).minimum(limit).tolist()
+    return image[:, i : i + side, j : j + side]
 
 
 def _warm_ema(decay: float) -> Callable[[Tensor, Tensor, Any], Tensor]:

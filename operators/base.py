@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import ClassVar, Self, final
+from typing import ClassVar, TypeVar, final
 
 import torch
 from torch import Generator, Tensor
@@ -10,6 +10,8 @@ from torch import Generator, Tensor
 from invsolve.linalg import cg, dot, largest_eigenvalue
 from invsolve.random import randn_like
 from invsolve.shapes import X, Y
+
+Same = TypeVar("Same", bound="Operator")
 
 
 class Operator(ABC):
@@ -29,7 +31,7 @@ class Operator(ABC):
 
     def vjp(self, x: X, v: Y) -> X:
         """J_A(x)ᴴ v, the pull-back of v; by autodiff unless a subclass knows better."""
-        _, pullback = torch.func.vjp(self.apply, x)
+        pullback = torch.func.vjp(self.apply, x)[1]
         return pullback(v)[0]
 
     @property
@@ -50,7 +52,7 @@ class Operator(ABC):
         """Refuse, with a ValueError that says why, what cannot have been measured."""
         _check(y, self.measurement_shape, "measurements", type(self).__name__)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self: Same, device: torch.device) -> Same:
         """The same operator with its tensors on a device."""
         if not is_dataclass(self):
             return self
@@ -117,7 +119,8 @@ class LinearOperator(Operator):
 
         Args:
             like: any image the operator takes: its shape, dtype and device are used.
-            max_steps, rtol: of the power iteration, which approaches from below.
+            max_steps: of the power iteration, which approaches from below.
+            rtol: stop when a step changes it by less.
         """
         if self.is_unitary:
             return 1.0
@@ -195,7 +198,10 @@ class Scaled(LinearOperator):
 @final
 @dataclass(frozen=True, eq=False)
 class Compose(LinearOperator):
-    """A = outer ∘ inner, written ``outer @ inner``."""
+    """A = outer ∘ inner, written ``outer @ inner``.
+
+    An operator that takes any shape keeps it, so that the other's shape holds for both.
+    """
 
     outer: LinearOperator
     inner: LinearOperator
@@ -239,11 +245,11 @@ class Compose(LinearOperator):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        return self.inner.image_shape
+        return self.inner.image_shape or self.outer.image_shape
 
     @property
     def measurement_shape(self) -> tuple[int, ...]:
-        return self.outer.measurement_shape
+        return self.outer.measurement_shape or self.inner.measurement_shape
 
 
 def dottest(A: LinearOperator, x: X, y: Y) -> float:
@@ -260,7 +266,8 @@ def dottest(A: LinearOperator, x: X, y: Y) -> float:
 
 
 def _check(t: Tensor, shape: tuple[int, ...], what: str, operator: str) -> None:
-    if shape and tuple(t.shape[-len(shape) :]) != shape or t.ndim < len(shape) + 1:
+    fits = not shape or tuple(t.shape[-len(shape) :]) == shape
+    if not fits or t.ndim < len(shape) + 1:
         expected = ", ".join(map(str, shape))
         raise ValueError(
             f"{operator} expects {what} of shape (batch, …, {expected}), "

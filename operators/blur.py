@@ -40,7 +40,7 @@ class Blur(LinearOperator):
 
     @classmethod
     def gaussian(cls, width: float, shape: tuple[int, int]) -> "Blur":
-        """exp(−r²/2w²), normalised to sum 1, with w the standard deviation in pixels."""
+        """exp(−r²/2w²), normalised to sum 1; w is the standard deviation in pixels."""
         if not width > 0:
             raise ValueError(f"a blur's width must be > 0 pixels, got {width}")
         r = min(int(4 * width + 1), (min(shape) - 1) // 2)
@@ -50,18 +50,19 @@ class Blur(LinearOperator):
         return cls.from_kernel(kernel.float(), shape)
 
     def apply(self, x: X) -> Y:
-        return ifft2(self.otf * fft2(x)).real
+        return ifft2(self._otf(x) * fft2(x)).real
 
     def adjoint(self, y: Y) -> X:
-        return ifft2(self.otf.conj() * fft2(y)).real
+        return ifft2(self._otf(y).conj() * fft2(y)).real
 
     def normal(self, x: X) -> X:
-        return ifft2(self.otf.abs().square() * fft2(x)).real
+        return ifft2(self._otf(x).abs().square() * fft2(x)).real
 
     def pinv(self, y: Y, *, max_steps: int = 0, rtol: float = 1e-6) -> X:
         """F⁻¹ diag(1/k̂) F y, frequencies with |k̂| ≤ rtol·max|k̂| left out."""
-        seen = self.otf.abs() > rtol * self.otf.abs().max()
-        inverse = torch.where(seen, 1 / torch.where(seen, self.otf, 1), 0)
+        otf = self._otf(y)
+        seen = otf.abs() > rtol * otf.abs().max()
+        inverse = torch.where(seen, 1 / torch.where(seen, otf, 1), 0)
         return ifft2(inverse * fft2(y)).real
 
     def prox(
@@ -74,8 +75,9 @@ class Blur(LinearOperator):
         rtol: float = 0.0,
     ) -> X:
         """F⁻¹ diag(1/(|k̂|² + ρ)) F (Aᴴy + ρ v): the closed form."""
-        b = self.otf.conj() * fft2(y) + rho * fft2(v)
-        return ifft2(b / (self.otf.abs().square() + rho)).real
+        otf = self._otf(v)
+        b = otf.conj() * fft2(y) + rho * fft2(v)
+        return ifft2(b / (otf.abs().square() + rho)).real
 
     def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
         return float(self.otf.abs().max())
@@ -87,3 +89,6 @@ class Blur(LinearOperator):
     @property
     def measurement_shape(self) -> tuple[int, ...]:
         return tuple(self.otf.shape)
+
+    def _otf(self, like: Tensor) -> Tensor:
+        return self.otf.to(like.dtype.to_complex())

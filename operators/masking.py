@@ -82,14 +82,14 @@ class Mask(LinearOperator):
         return cls(columns.expand(h, w).clone())
 
     def apply(self, x: X) -> Y:
-        return self.mask * x
+        return self._mask(x) * x
 
     def adjoint(self, y: Y) -> X:
-        return self.mask * y
+        return self._mask(y) * y
 
     def pinv(self, y: Y, *, max_steps: int = 0, rtol: float = 0.0) -> X:
         """y / m where m > 0, else 0: the closed form."""
-        return torch.where(self.mask > 0, y / self.mask, 0)
+        return torch.where(self.mask > 0, y / self._mask(y), 0)
 
     def prox(
         self,
@@ -101,15 +101,23 @@ class Mask(LinearOperator):
         rtol: float = 0.0,
     ) -> X:
         """(m y + ρ v) / (m² + ρ): the closed form."""
-        return (self.mask * y + rho * v) / (self.mask**2 + rho)
+        m = self._mask(v)
+        return (m * y + rho * v) / (m**2 + rho)
 
     def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
         return float(self.mask.max())
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        return tuple(self.mask.shape)
+        # What broadcasts says nothing of an image, and four dimensions name the batch.
+        shape = tuple(self.mask.shape[-3:])
+        while 1 in shape:
+            shape = shape[1:]
+        return shape
 
     @property
     def measurement_shape(self) -> tuple[int, ...]:
-        return tuple(self.mask.shape)
+        return self.image_shape
+
+    def _mask(self, like: Tensor) -> Tensor:
+        return self.mask.to(like.real.dtype)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor
 from torch.fft import fft2, fftshift, ifft2, ifftshift
 
 from invsolve.shapes import X, Y
@@ -53,11 +52,13 @@ class RealImage(LinearOperator):
 @final
 @dataclass(frozen=True, eq=False)
 class ComplexChannels(LinearOperator):
-    """y = x₁ + i x₂: two real channels are one complex image. Unitary over the reals."""
+    """y = x₁ + i x₂: two real channels are one complex image. Unitary over ℝ."""
 
     is_unitary: ClassVar[bool] = True
 
     def apply(self, x: X) -> Y:
+        if x.shape[1] != 2:
+            raise ValueError(f"a complex image is two channels, got {x.shape[1]}")
         return torch.complex(x[:, 0:1].contiguous(), x[:, 1:2].contiguous())
 
     def adjoint(self, y: Y) -> X:

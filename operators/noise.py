@@ -34,14 +34,17 @@ class Noise(ABC):
         around z = y.
         """
 
-    def check(self, y: Y) -> None:
-        """Refuse, with a ValueError that says why, what this noise cannot have given."""
+    def check(self, y: Y) -> None:  # noqa: B027
+        """Refuse, with a ValueError that says why, what it cannot have given."""
 
 
 @final
 @dataclass(frozen=True)
 class GaussianNoise(Noise):
-    """y = z + σn with n ~ N(0, I); σ is in the measurements' unit."""
+    """y = z + σn with n ~ N(0, I); σ is in the measurements' unit.
+
+    For complex measurements σ is that of the real and of the imaginary part, each.
+    """
 
     sigma: float
 
@@ -53,7 +56,8 @@ class GaussianNoise(Noise):
             )
 
     def sample(self, z: Y, *, generator: Randomness) -> Y:
-        return z + self.sigma * randn_like(z, generator)
+        unit = 2**0.5 if z.is_complex() else 1.0  # randn_like halves Var between parts
+        return z + self.sigma * unit * randn_like(z, generator)
 
     def nll(self, y: Y, z: Y) -> PerItem:
         """‖y − z‖² / 2σ²."""
@@ -86,7 +90,7 @@ class PoissonNoise(Noise):
         return ((z - torch.xlogy(y, z.clamp_min(0))) / self.gain).flatten(1).sum(1)
 
     def nll_grad(self, y: Y, z: Y) -> Tensor:
-        """(1 − y/z)/g; where z < g, z = g is put, so that the gradient stays bounded."""
+        """(1 − y/z)/g; where z < g, z = g is put, so that the gradient is bounded."""
         return (1 - y / z.clamp_min(self.gain)) / self.gain
 
     def precision(self, y: Y) -> Tensor:
@@ -111,13 +115,20 @@ class TransmissionNoise(Noise):
 
     Args:
         counts: I₀, photons that reach a detector element through air.
+        floor: what the model itself is wrong by (finite pixels, scatter, electronics),
+            as a standard deviation of y. It keeps rays through air, of which the counts
+            alone are nearly certain, from outweighing all others. It is part of what is
+            believed, not of what is drawn: ``sample`` leaves it out.
     """
 
     counts: float
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.counts >= 1:
             raise ValueError(f"counts must be ≥ 1 photon, got {self.counts}")
+        if not self.floor >= 0:
+            raise ValueError(f"floor must be ≥ 0, got {self.floor}")
 
     def sample(self, z: Y, *, generator: Randomness) -> Y:
         n = poisson(self.counts * torch.exp(-z), generator)
@@ -128,14 +139,18 @@ class TransmissionNoise(Noise):
         return -(n.clamp_min(1) / self.counts).log()
 
     def nll(self, y: Y, z: Y) -> PerItem:
-        """Σ I₀e⁻ᶻ + N z with N = I₀e⁻ʸ."""
+        """Σ I₀e⁻ᶻ + N z with N = I₀e⁻ʸ; with a floor, Σ W (z − y)²/2."""
         n = self.counts * torch.exp(-y)
+        if self.floor:
+            return (self.precision(y) * (z - y).square() / 2).flatten(1).sum(1)
         return (self.counts * torch.exp(-z) + n * z).flatten(1).sum(1)
 
     def nll_grad(self, y: Y, z: Y) -> Tensor:
-        """N − I₀e⁻ᶻ with N = I₀e⁻ʸ."""
+        """N − I₀e⁻ᶻ with N = I₀e⁻ʸ; with a floor, W (z − y)."""
+        if self.floor:
+            return self.precision(y) * (z - y)
         return self.counts * (torch.exp(-y) - torch.exp(-z))
 
     def precision(self, y: Y) -> Tensor:
-        """N = I₀e⁻ʸ."""
-        return self.counts * torch.exp(-y)
+        """W = 1/(1/N + floor²) with N = I₀e⁻ʸ."""
+        return 1 / (torch.exp(y) / self.counts + self.floor**2)

@@ -51,7 +51,9 @@ class Prior(ABC):
         """The same prior with its network or tensors on a device."""
         moved = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor | nn.Module | Prior):
+            if isinstance(value, nn.Module):
+                setattr(moved, name, _module_to(value, device))
+            elif isinstance(value, Tensor | Prior):
                 setattr(moved, name, value.to(device))
         return moved
 
@@ -61,6 +63,14 @@ class Prior(ABC):
         Args:
             shape: an image's shape without its batch, (channels, *space).
         """
+
+
+def _module_to(module: nn.Module, device: torch.device) -> nn.Module:
+    # A module's own `to` moves the module itself, which others may hold.
+    parts = (*module.parameters(), *module.buffers())
+    if all(part.device == device for part in parts):
+        return module
+    return copy.deepcopy(module).to(device)
 
 
 @final

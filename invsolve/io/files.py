@@ -14,7 +14,9 @@ from .image import Image, Unit
 READABLE = ".nii, .nii.gz, .npy, .png, .tif, .jpg"
 
 
-def read(path: str | Path, unit: Unit | None = None) -> Image:
+def read(
+    path: str | Path, unit: Unit | None = None, *, axes: str | None = None
+) -> Image:
     """The image in a file: NIfTI, NumPy or a picture, told by the name's ending.
 
     NIfTI volumes are reoriented to slices first, nose up (see `Image`) and carry their
@@ -24,6 +26,8 @@ def read(path: str | Path, unit: Unit | None = None) -> Image:
         path: the file.
         unit: what the values are in. Unless given, NIfTI whose least value is below
             −100 is taken for Hounsfield units, and everything else has none.
+        axes: where a NIfTI array's axes point, such as ``"RAS"``, for a file whose
+            affine is known to be wrong; voxel sizes are still taken from it.
 
     Raises:
         ValueError: the file is missing, truncated, not an image, or not finite.
@@ -34,7 +38,7 @@ def read(path: str | Path, unit: Unit | None = None) -> Image:
     name = path.name.lower()
     try:
         if name.endswith((".nii", ".nii.gz")):
-            image = _read_nifti(path)
+            image = _read_nifti(path, axes)
         elif name.endswith(".npy"):
             array = np.load(path, allow_pickle=False)
             image = Image.from_array(_stack(array))
@@ -117,7 +121,7 @@ def _read_picture(path: Path) -> np.ndarray:
     return array / np.iinfo(array.dtype).max if array.dtype.kind == "u" else array
 
 
-def _read_nifti(path: Path) -> Image:
+def _read_nifti(path: Path, axes: str | None) -> Image:
     import nibabel as nib
     from nibabel.orientations import (
         apply_orientation,
@@ -131,9 +135,26 @@ def _read_nifti(path: Path) -> Image:
     if len(file.shape) not in (2, 3):
         raise ValueError(f"expected a volume, got an array of shape {file.shape}")
     shape = (*file.shape, 1)[:3]
+    given = file.affine if axes is None else _affine(axes, file.header.get_zooms())
     # The array's axes run Left, Posterior, Superior after this, each from its opposite.
-    turn = ornt_transform(io_orientation(file.affine), axcodes2ornt(("L", "P", "S")))
+    turn = ornt_transform(io_orientation(given), axcodes2ornt(("L", "P", "S")))
     array = apply_orientation(file.get_fdata(dtype=np.float32).reshape(shape), turn)
-    affine = file.affine @ inv_ornt_aff(turn, shape)
+    affine = given @ inv_ornt_aff(turn, shape)
     values = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 1, 0)))
     return Image(values, affine)
+
+
+def _affine(axes: str, sizes: tuple[float, ...]) -> np.ndarray:
+    """The affine of an array whose axes point to ``axes``, its first voxel at 0."""
+    from nibabel.orientations import axcodes2ornt
+
+    try:
+        orientation = axcodes2ornt(tuple(axes.upper()))
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"axes must be like 'RAS', got {axes!r}") from error
+    if sorted(orientation[:, 0]) != [0, 1, 2]:
+        raise ValueError(f"axes must name each direction once, got {axes!r}")
+    affine = np.diag([0.0, 0.0, 0.0, 1.0])
+    for array_axis, (world_axis, sign) in enumerate(orientation):
+        affine[int(world_axis), array_axis] = sign * sizes[array_axis]
+    return affine

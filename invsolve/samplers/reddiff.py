@@ -16,7 +16,7 @@ from ..priors import Prior
 from ..priors.schedules import ddpm_sigmas
 from ..problem import InverseProblem
 from ..random import Randomness, randn_like
-from ..shapes import X
+from ..shapes import X, per_item
 from .core import Progress, gives
 
 Weight = Literal[
@@ -120,16 +120,17 @@ def reddiff(
         with torch.no_grad():
             x0 = mu + sigma_x0 * randn_like(mu, generator) if sigma_x0 else mu.detach()
             n = randn_like(mu, generator)
-            reg = prior.eps(x0 + sigma * n, sigma) - n
+            s = per_item(sigma, n)
+            reg = prior.eps(x0 + s * n, sigma) - n
             if antithetic:
-                reg = (reg + prior.eps(x0 - sigma * n, sigma) + n) / 2
+                reg = (reg + prior.eps(x0 - s * n, sigma) + n) / 2
             if normalize == "bayes":
                 data = problem.misfit_grad(x0)
             else:
                 data = A.vjp(x0, A.apply(x0) - y)
-            total = obs_weight * data + lam * weigh(sigma, weight) * reg
+            total = obs_weight * data + lam * weigh(s, weight) * reg
             if normalize == "mean":
-                total = obs_weight * data / n_y + lam * weigh(sigma, weight) * reg / n_x
+                total = obs_weight * data / n_y + lam * weigh(s, weight) * reg / n_x
             mu.grad = total
         adam.step()
     return mu.detach()
@@ -178,10 +179,14 @@ def _ordered(sigmas: Tensor, order: Order, generator: Randomness) -> Iterable[Te
         case "ascending":
             return sigmas.flip(0)
         case "random":
-            # One order for the whole batch: a level is shared by all of its items.
-            g = generator if isinstance(generator, torch.Generator) else generator[0]
-            index = torch.randint(
-                len(sigmas), (len(sigmas),), generator=g, device=g.device
-            )
-            return sigmas[index.to(sigmas.device)]
+
+            def shuffled(g: torch.Generator) -> Tensor:
+                n = len(sigmas)
+                index = torch.randint(n, (n,), generator=g, device=g.device)
+                return sigmas[index.to(sigmas.device)]
+
+            # An item with a generator of its own has an order of its own.
+            if isinstance(generator, torch.Generator):
+                return shuffled(generator)
+            return torch.stack([shuffled(g) for g in generator], dim=1)
     raise ValueError(f"unknown order {order!r}: descending, random or ascending")

@@ -1,0 +1,47 @@
+# `make demo` and `make test` need nothing but Python ≥ 3.11 and make: each makes .venv,
+# installs what was tested (constraints.txt), and runs.
+PYTHON ?= python3
+BIN := .venv/bin
+MINUTES ?= 9
+RUNS ?= runs
+
+.PHONY: demo test lint types check bench-ct test-cuda bench-cuda train-priors clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" --group dev
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/invsolve demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/installed
+	$(BIN)/pyright
+
+check: lint types test
+
+bench-ct: .venv/installed
+	$(BIN)/python benchmarks/ct_headneck.py
+
+# With a CUDA device: each has a time budget, takes up where it left off, and writes
+# what it finds to $(RUNS).
+test-cuda: .venv/installed
+	timeout $(MINUTES)m $(BIN)/python -m pytest -q -m gpu
+
+bench-cuda: .venv/installed
+	timeout $(MINUTES)m $(BIN)/python benchmarks/ct_headneck.py --device cuda --out $(RUNS)/bench-cuda
+
+train-priors: .venv/installed
+	$(BIN)/invsolve train configs/ct-headneck-128.toml --out $(RUNS)/ct-headneck-128 --minutes $(MINUTES)
+
+clean:
+	rm -rf .venv runs demo

@@ -1,0 +1,149 @@
+"""The main job on real data: low-dose, sparse-view CT by four methods."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Generator, Tensor
+
+from . import io, samplers
+from .operators import ParallelBeam, TransmissionNoise
+from .priors import Prior
+from .problem import InverseProblem
+from .report import Result
+from .simulate import measure
+from .solve import solve
+from .units import MU_WATER, hu_to_mu
+
+PRIOR = "ct-headneck-128"
+SLICES = "ct-headneck-val.nii.gz"
+VIEWS = 30
+COUNTS = 1e5
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[Iterable], Iterable]]]
+"""(what, images) ↦ a context in which a sampler's loop can be wrapped."""
+
+
+@final
+@dataclass(frozen=True)
+class Method:
+    """A sampler with the options that suit it.
+
+    Args:
+        name: as the report calls it.
+        sampler: one of `invsolve.samplers`.
+        options: the sampler's.
+        samples: how many for each slice.
+    """
+
+    name: str
+    sampler: Callable[..., Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+
+METHODS = (
+    Method("FBP", samplers.fbp, {"window": "hann"}),
+    Method("TV", samplers.tv, {"lam": 1.0 / MU_WATER, "nonnegative": True}),
+    Method("RED-diff", samplers.reddiff, {"steps": 100, "normalize": "bayes"}),
+    Method("DDS", samplers.dds, {"steps": 30}, samples=8),
+)
+"""What the demo compares, and how CT is solved unless told otherwise."""
+
+
+def bundled(name: str) -> Path:
+    """A file of the bundled data, in a checkout (``data/``) or in an installed package."""
+    package = Path(__file__).parent
+    for folder in (package / "data", package.parent / "data"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(
+        f"the bundled file {name} is missing: install the package again, or run from a "
+        "checkout with its data folder"
+    )
+
+
+def needs_prior(sampler: Callable[..., Tensor]) -> bool:
+    """Whether a sampler asks for a prior: its parameter then has no default."""
+    import inspect
+
+    prior = inspect.signature(sampler).parameters.get("prior")
+    return prior is not None and prior.default is inspect.Parameter.empty
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What the demo found.
+
+    Attributes:
+        image: the slices that were measured, in HU.
+        results: one for each method.
+        problem: what was solved.
+    """
+
+    image: io.Image
+    results: list[Result]
+    problem: InverseProblem
+
+
+def compare(
+    image: io.Image,
+    prior: Prior,
+    *,
+    methods: Iterable[Method] = METHODS,
+    views: int = VIEWS,
+    counts: float = COUNTS,
+    generator: Generator,
+    device: torch.device,
+    bar: Bar = lambda what, images: nullcontext(iter),
+) -> Comparison:
+    """Measure slices of an image (see `invsolve.simulate`), and solve by each method.
+
+    Args:
+        image: slices in HU, with square pixels.
+        prior: of attenuation in 1/mm.
+        methods: what to compare.
+        views: evenly over 180°.
+        counts: photons that reach a detector element through air.
+        generator: of the measurements' noise and of the samplers.
+        device: where to compute.
+        bar: makes a progress bar for each method.
+    """
+    x = hu_to_mu(image.values[:, None])
+    h, w = x.shape[-2:]
+    A = ParallelBeam((h, w), even_angles(views), pixel_mm=image.spacing[1])
+    noise = TransmissionNoise(counts)
+    y = measure(x, A, noise, generator=generator)
+    problem = InverseProblem(y, A, noise)
+    # Less than vacuum, as some scanners mark what they did not see, is vacuum here.
+    truth = image.values.clamp_min(-1000)
+    results = []
+    for method in methods:
+        with bar(method.name, method.samples * len(x)) as progress:
+            solution = solve(
+                problem,
+                prior if needs_prior(method.sampler) else None,
+                method.sampler,
+                samples=method.samples,
+                generator=generator,
+                device=device,
+                progress=progress,
+                **method.options,
+            )
+        results.append(
+            Result.of(method.name, solution, "1/mm", truth, dict(method.options))
+        )
+    return Comparison(image, results, problem)
+
+
+def even_angles(views: int) -> Tensor:
+    """Angles of so many views evenly over 180°, in radians."""
+    return torch.linspace(0, torch.pi, views + 1)[:-1]

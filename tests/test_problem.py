@@ -1,0 +1,189 @@
+"""The inverse problem: misfits, whitening, and the prior's range."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Generator, Tensor
+from torch.testing import assert_close
+
+from invsolve import InverseProblem, operators as ops
+from invsolve.priors import AffineMap
+
+float64 = torch.float64
+SHAPE = (3, 1, 6, 8)
+BEAM = ops.ParallelBeam((6, 8), torch.tensor([0.0, 0.7, 1.5, 2.3]), detectors=10)
+
+
+class Square(ops.Operator):
+    def apply(self, x: Tensor) -> Tensor:
+        return x**2
+
+
+def image(g: Generator) -> Tensor:
+    return torch.rand(SHAPE, dtype=float64, generator=g)
+
+
+def problem(A: ops.Operator, noise: ops.Noise, g: Generator) -> InverseProblem:
+    return InverseProblem(noise.sample(A(image(g)), generator=g), A, noise)
+
+
+def gaussian(g: Generator) -> InverseProblem:
+    return problem(BEAM, ops.GaussianNoise(0.3), g)
+
+
+def transmission(g: Generator) -> InverseProblem:
+    return problem(0.2 * BEAM, ops.TransmissionNoise(1e3), g)
+
+
+def poisson(g: Generator) -> InverseProblem:
+    return problem(BEAM, ops.PoissonNoise(0.01), g)
+
+
+def mri(g: Generator) -> InverseProblem:
+    mask = ops.Mask.random((6, 8), 0.6, generator=g)
+    A = mask @ ops.Fourier() @ ops.RealImage()
+    return problem(A, ops.GaussianNoise(0.3), g)
+
+
+def nonlinear(g: Generator) -> InverseProblem:
+    return problem(Square(), ops.GaussianNoise(0.3), g)
+
+
+Make = Callable[[Generator], InverseProblem]
+LINEAR: list[Make] = [gaussian, transmission, poisson, mri]
+PROBLEMS: list[Make] = [*LINEAR, nonlinear]
+
+
+def dense(A: ops.LinearOperator) -> Tensor:
+    eye = torch.eye(48, dtype=float64).reshape(-1, 1, 6, 8)
+    columns = [real(A.apply(x.expand(SHAPE))) for x in eye.split(1)]
+    return torch.stack(columns, dim=-1)  # one matrix for each item
+
+
+def real(t: Tensor) -> Tensor:
+    return (torch.view_as_real(t) if t.is_complex() else t).flatten(1)
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_the_misfit_is_that_of_the_measured(make: Make, generator: Generator) -> None:
+    p = make(generator)
+    x = image(generator)
+    assert_close(p.misfit(x), p.noise.nll(p.y, p.operator(x)))
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(p.misfit(leaf).sum(), leaf)
+    assert_close(p.misfit_grad(x), grad)
+
+
+@pytest.mark.parametrize("make", LINEAR)
+def test_whitened_is_least_squares_with_unit_noise(
+    make: Make, generator: Generator
+) -> None:
+    p = make(generator)
+    A, y = p.whitened()
+    x = image(generator)
+    weight = torch.as_tensor(p.noise.precision(p.y))
+    expected = weight * (p.linear(x) - p.y).abs().square()
+    assert_close((A(x) - y).abs().square(), expected)
+    again = InverseProblem(y, A, ops.GaussianNoise(1.0))
+    assert_close(again.misfit(x), expected.flatten(1).sum(1) / 2)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_weights_of_each_item_and_channel(channels: int, generator: Generator) -> None:
+    y = 1 + torch.rand(3, channels, 6, 8, dtype=float64, generator=generator)
+    A, white = InverseProblem(y, ops.Identity(), ops.PoissonNoise(0.1)).whitened()
+    assert_close(A(y), white)
+    A.check_measurements(white)
+
+
+def test_whitened_gaussian_misfits_are_the_misfit(generator: Generator) -> None:
+    for p in (gaussian(generator), mri(generator)):
+        A, y = p.whitened()
+        x = image(generator)
+        white = (A(x) - y).abs().square().flatten(1).sum(1) / 2
+        assert_close(white, p.misfit(x))
+
+
+@pytest.mark.parametrize("make", LINEAR)
+@pytest.mark.parametrize("rho", [0.5, torch.tensor([0.1, 1.0, 20.0])], ids=type)
+def test_prox_is_the_dense_solution(
+    make: Make, rho: float | Tensor, generator: Generator
+) -> None:
+    p = make(generator)
+    v = image(generator)
+    r = rho.double()[:, None, None, None] if isinstance(rho, Tensor) else rho
+    got = p.prox(v, r, max_steps=1000, rtol=1e-13)
+    M = dense(p.linear)
+    weight = torch.as_tensor(p.noise.precision(p.y), dtype=float64)
+    parts = 2 if p.y.is_complex() else 1
+    W = weight.expand(p.y.shape).flatten(1).repeat_interleave(parts, dim=1)
+    r = torch.as_tensor(rho, dtype=float64).expand(3)
+    normal = M.mT @ (W[..., None] * M) + r[:, None, None] * torch.eye(48)
+    b = (M.mT @ (W * real(p.y))[..., None])[..., 0] + r[:, None] * v.flatten(1)
+    expected = torch.linalg.solve(normal, b[..., None])[..., 0]
+    assert_close(got.flatten(1), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "map"),
+    [(make, AffineMap(0.25, 0.0)) for make in LINEAR]
+    + [(make, AffineMap(2.0, -0.7)) for make in (gaussian, mri)]
+    + [(make, AffineMap(1.0, 0.5)) for make in (gaussian, mri)]
+    + [(make, AffineMap(1.0, 0.0)) for make in PROBLEMS],
+)
+def test_the_misfit_of_u_is_the_misfit_of_x(
+    make: Make, map: AffineMap, generator: Generator
+) -> None:
+    p = make(generator)
+    x = image(generator)
+    u = map.inverse(x)
+    seen = p.seen_through(map)
+    assert_close(seen.misfit(u), p.misfit(x))
+    assert_close(seen.misfit_grad(u), map.scale * p.misfit_grad(x))
+
+
+def test_counts_cannot_be_shifted(generator: Generator) -> None:
+    with pytest.raises(ValueError, match="needs GaussianNoise, not TransmissionNoise"):
+        transmission(generator).seen_through(AffineMap(0.5, 0.5))
+
+
+def test_a_nonlinear_problem_says_what_can_solve_it(generator: Generator) -> None:
+    p = nonlinear(generator)
+    for ask in (p.whitened, lambda: p.seen_through(AffineMap(2.0, 0.0))):
+        with pytest.raises(ValueError, match="Square is not: use reddiff or dps"):
+            ask()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_measurements_that_are_not_finite_are_counted(bad: float) -> None:
+    y = torch.zeros(1, 1, 4, 10)
+    y[0, 0, 1, 2:5] = bad
+    with pytest.raises(ValueError, match="3 of 40 measurements are NaN or infinite"):
+        InverseProblem(y, BEAM, ops.GaussianNoise(1.0))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 9), (1, 1, 10, 4), (4, 10)], ids=str)
+def test_measurements_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expects measurements .* 4, 10\), got"):
+        InverseProblem(torch.zeros(shape), BEAM, ops.GaussianNoise(1.0))
+
+
+def test_whole_numbers_are_refused() -> None:
+    y = torch.zeros(1, 1, 4, 10, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"must be floating point, got torch\.int64"):
+        InverseProblem(y, BEAM, ops.GaussianNoise(1.0))
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_items_are_problems_of_their_own(make: Make, generator: Generator) -> None:
+    p = make(generator)
+    x, index = image(generator), torch.tensor([2, 0, 0, 1])
+    assert_close(p.items(index).misfit(x[index]), p.misfit(x)[index])
+    assert_close(p.items(index).misfit_grad(x[index]), p.misfit_grad(x)[index])
+
+
+def test_moving_to_a_device_changes_nothing(generator: Generator) -> None:
+    p = mri(generator)
+    moved, x = p.to(torch.device("cpu")), image(generator)
+    assert_close(moved.misfit(x), p.misfit(x))

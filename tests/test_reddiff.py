@@ -1,0 +1,347 @@
+"""RED-diff, whose steps on a Gaussian prior are affine and so known exactly."""
+
+import math
+from typing import Any, Literal
+
+import pytest
+import torch
+from exact import (
+    COV,
+    MEAN,
+    MIXTURE,
+    MIXTURE_A,
+    MIXTURE_PROBLEM,
+    MIXTURE_SIGMA_Y,
+    MIXTURE_Y,
+    POSTERIOR_COV,
+    PRIOR,
+    PROBLEM,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    SIGMA_Y,
+    Y_SEEN,
+    A,
+    Matrix,
+    real,
+    with_noise,
+)
+from torch import Generator, Tensor
+
+from invsolve import InverseProblem
+from invsolve.operators import GaussianNoise
+from invsolve.priors import GaussianPrior, ddpm_alphas_cumprod
+from invsolve.samplers import reddiff
+from invsolve.samplers.reddiff import PRESETS, Order, Weight, weigh
+
+EYE = torch.eye(2, dtype=torch.float64)
+ABAR = ddpm_alphas_cumprod()
+SNR = ABAR / (1 - ABAR)
+M = torch.linalg.inv(EYE + SNR[:, None, None] * COV)  # (I + SNR_t C)⁻¹ for every t
+
+
+def streams(n: int) -> list[Generator]:
+    return [Generator().manual_seed(seed) for seed in range(n)]
+
+
+def copies(n: int) -> InverseProblem:
+    return PROBLEM.items(torch.zeros(n, dtype=torch.long))
+
+
+@pytest.mark.parametrize("normalize", ["mean", "sum", "bayes"])
+@pytest.mark.parametrize("sigma_x0", [0.0, 0.3])
+def test_one_step_is_the_gradient(
+    normalize: Literal["mean", "sum", "bayes"], sigma_x0: float, generator: Generator
+) -> None:
+    """∇ = c_y v Aᵀ(Ax₀ − y) + c_x λh(σ)(ε̂ − n), with three measurements of d = 2."""
+    H = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    y, mu, e0, n = torch.randn(4, 1, 3, generator=generator, dtype=torch.float64)
+    mu, e0, n = mu[:, :2], e0[:, :2], n[:, :2]
+    problem = InverseProblem(y, Matrix(H), GaussianNoise(SIGMA_Y))
+    sigma, lam, v = 0.9, 0.3, 0.7
+    after = with_noise(
+        torch.stack([e0, n] if sigma_x0 else [n]),
+        reddiff,
+        problem,
+        PRIOR,
+        sigmas=real([sigma]),
+        lam=lam,
+        obs_weight=v,
+        sigma_x0=sigma_x0,
+        lr=1.0,
+        optimizer="sgd",
+        normalize=normalize,
+        init=mu,
+    )
+    x0 = mu + sigma_x0 * e0
+    inverse = torch.linalg.inv(COV + sigma**2 * EYE)
+    eps_hat = sigma * (x0 + sigma * n - MEAN) @ inverse
+    c_y, c_x = {"mean": (1 / 3, 1 / 2), "sum": (1, 1), "bayes": (1 / SIGMA_Y**2, 1)}[
+        normalize
+    ]
+    gradient = c_y * v * (x0 @ H.T - y) @ H + c_x * lam * sigma * (eps_hat - n)
+    torch.testing.assert_close(mu - after, gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(1000, (1.49996124, 0.16730406)), (100, (1.49899391, -0.19458856))],
+)
+def test_antithetic_descent_is_a_recursion(
+    steps: int, expected: tuple[float, float], generator: Generator
+) -> None:
+    """μ ← μ − lr [Aᵀ(Aμ − y)/m + λ/d (I + SNR_t C)⁻¹(μ − m)], t falling."""
+    mu = A.T @ Y_SEEN
+    for t in reversed(range(0, 1000, 1000 // steps)):
+        mu = mu - 0.5 * (A.T @ (A @ mu - Y_SEEN) + 0.125 * M[t] @ (mu - MEAN))
+    got = reddiff(
+        PROBLEM,
+        PRIOR,
+        steps=steps,
+        lam=0.25,
+        lr=0.5,
+        optimizer="sgd",
+        antithetic=True,
+        generator=generator,
+    )
+    torch.testing.assert_close(got[0], mu, rtol=0, atol=1e-10)
+    torch.testing.assert_close(got[0], real(expected), rtol=0, atol=1e-7)
+
+
+def test_adam_is_that_of_the_paper(generator: Generator) -> None:
+    """The same recursion through Adam with β = (0.9, 0.99)."""
+    mu = A.T @ Y_SEEN
+    first, second = torch.zeros_like(mu), torch.zeros_like(mu)
+    for k, t in enumerate(reversed(range(0, 1000, 10)), start=1):
+        gradient = A.T @ (A @ mu - Y_SEEN) + 0.125 * M[t] @ (mu - MEAN)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.99 * second + 0.01 * gradient**2
+        root = (second / (1 - 0.99**k)).sqrt() + 1e-8
+        mu = mu - 0.1 * first / (1 - 0.9**k) / root
+    got = reddiff(PROBLEM, PRIOR, steps=100, antithetic=True, generator=generator)
+    torch.testing.assert_close(got[0], mu, rtol=0, atol=1e-9)
+
+
+def test_random_order_settles_at_the_stationary_point() -> None:
+    """E μ* = m + (c_y AᵀA + λM)⁻¹ c_y Aᵀ(y − Am), M = E_t (I + SNR_t C)⁻¹, c_y = d/m.
+
+    Levels drawn afresh make the mean's recursion exact: only the number of runs blurs
+    it. The unobserved coordinate is far from the posterior mean's 0.269.
+    """
+    mean_M = M.mean(0)
+    stationary = MEAN + torch.linalg.solve(
+        2 * A.T @ A + 0.25 * mean_M, 2 * A.T @ (Y_SEEN - A @ MEAN)
+    )
+    torch.testing.assert_close(
+        stationary, real([1.414411, -0.399810]), rtol=0, atol=1e-6
+    )
+    n, generators = 200, streams(200)
+    mu: Tensor | str = "pinv"
+    for _ in range(2):
+        mu = reddiff(
+            copies(n),
+            PRIOR,
+            steps=1000,
+            lam=0.25,
+            lr=0.1,
+            optimizer="sgd",
+            order="random",
+            antithetic=True,
+            init=mu,
+            generator=generators,
+        )
+    assert isinstance(mu, Tensor)
+    error = 5 * mu.std(0) / math.sqrt(n)
+    assert (error < 0.02).all()
+    assert ((mu.mean(0) - stationary).abs() <= error).all()
+
+
+def test_isotropic_priors_have_a_weight_that_is_bayes() -> None:
+    """With C = I and λ = 1/E_t[1/(1 + SNR_t)] the expected gradient vanishes at μ_post."""
+    lam = float(1 / (1 / (1 + SNR)).mean())
+    assert lam == pytest.approx(1.3802874815, abs=1e-10)
+    prior = GaussianPrior(MEAN, EYE, SIGMA_MIN, SIGMA_MAX)
+    H = real([[1.0, 0.5]])
+    cov = torch.linalg.inv(EYE + H.T @ H / SIGMA_Y**2)
+    posterior_mean = cov @ (MEAN + H.T @ Y_SEEN / SIGMA_Y**2)
+    problem = InverseProblem(Y_SEEN[None], Matrix(H), GaussianNoise(SIGMA_Y))
+
+    def total_gradient(at: Tensor) -> Tensor:
+        lr = 1e-9  # so small that every level is taken at one and the same point
+        after = reddiff(
+            problem,
+            prior,
+            steps=1000,
+            lam=lam,
+            lr=lr,
+            optimizer="sgd",
+            normalize="bayes",
+            antithetic=True,
+            init=at[None],
+            generator=Generator(),
+        )
+        return (at - after[0]) / lr / 1000
+
+    zero = torch.zeros_like(MEAN)
+    torch.testing.assert_close(
+        total_gradient(posterior_mean), zero, rtol=0, atol=1e-5
+    )
+    assert total_gradient(posterior_mean + 0.01).norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("order", "expected", "bound"),
+    [
+        ("descending", (1.500, 0.260), (0.005, 0.10)),
+        ("random", (1.413, -0.406), (0.100, 0.10)),
+        ("ascending", (1.389, -0.500), (0.010, 0.02)),
+    ],
+)
+def test_adam_s_answer_hangs_on_the_order(
+    order: Order, expected: tuple[float, float], bound: tuple[float, float]
+) -> None:
+    """Descending anneals to the noiseless conditional mean (1.5, 0.3); others do not."""
+    mu = reddiff(
+        copies(50), PRIOR, steps=1000, lr=0.1, order=order, generator=streams(50)
+    )
+    assert ((mu.mean(0) - real(expected)).abs() <= real(bound)).all()
+
+
+def test_the_spread_over_seeds_is_not_the_posterior_s() -> None:
+    """It is the optimiser's noise: it grows with the step size and misses the data's."""
+    slow, fast = (
+        reddiff(copies(50), PRIOR, steps=1000, lr=lr, generator=streams(50)).std(0)
+        for lr in (0.1, 0.25)
+    )
+    posterior = POSTERIOR_COV.diagonal().sqrt()
+    assert slow[0] < 0.1 * posterior[0]
+    assert slow[1] < 0.7 * posterior[1]
+    assert fast[1] > 1.25 * slow[1]
+    assert reddiff.kind == "point_estimate"  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_a_mixture_s_occupancy_is_biased() -> None:
+    """A known bias: modes .74/.26 of RED-diff's answers where the posterior has .50/.50.
+
+    And they lie on the data, far closer than the noise would have it.
+    """
+    n = 100
+    problem = MIXTURE_PROBLEM.items(torch.zeros(n, dtype=torch.long))
+    mu = reddiff(problem, MIXTURE, steps=1000, lr=0.1, generator=streams(n))
+    occupancy = MIXTURE.responsibilities(mu, real(0.0)).mean(0)
+    posterior = MIXTURE.posterior(MIXTURE_A, MIXTURE_Y, MIXTURE_SIGMA_Y)
+    torch.testing.assert_close(
+        posterior.weights, real([0.0, 0.504, 0.496]), rtol=0, atol=1e-3
+    )
+    assert occupancy[0] < 0.01
+    assert 0.6 < occupancy[1] < 0.88
+    residual = (mu @ MIXTURE_A.T - MIXTURE_Y).square().mean().sqrt()
+    assert residual < 0.1 * MIXTURE_SIGMA_Y
+
+
+H_OF_Z: dict[Weight, Any] = {
+    "linear": lambda z: z,
+    "sqrt": math.sqrt,
+    "square": lambda z: z * z,
+    "log": lambda z: math.log(1 + z),
+    "trunc_linear": lambda z: min(z, 1.0),
+    "power2over3": lambda z: z ** (2 / 3),
+    "const": lambda z: 1.0,
+    "calibrated": lambda z: 1 / z,
+}
+
+
+@pytest.mark.parametrize("weight", H_OF_Z)
+def test_weights_are_the_published_functions(weight: Weight) -> None:
+    z = real([0.01, 0.5, 1.0, 3.0, 150.0])
+    expected = real([H_OF_Z[weight](float(value)) for value in z])
+    torch.testing.assert_close(weigh(z, weight), expected)
+
+
+@pytest.mark.parametrize("weight", H_OF_Z)
+def test_the_weight_enters_the_step(weight: Weight, generator: Generator) -> None:
+    sigma, mu = 2.0, real([[0.2, 0.9]])
+    after = reddiff(
+        PROBLEM,
+        PRIOR,
+        sigmas=real([sigma]),
+        lam=0.3,
+        lr=1.0,
+        obs_weight=0.0,
+        weight=weight,
+        optimizer="sgd",
+        normalize="sum",
+        antithetic=True,
+        init=mu,
+        generator=generator,
+    )
+    eps_hat = sigma * (mu - MEAN) @ torch.linalg.inv(COV + sigma**2 * EYE)
+    torch.testing.assert_close(mu - after, 0.3 * H_OF_Z[weight](sigma) * eps_hat)
+
+
+def test_the_calibrated_weight_tends_to_the_prior_s_gradient(
+    generator: Generator,
+) -> None:
+    """∇ → −∇ log p(x₀ | y) as σ → 0, with an error that falls as σ²."""
+    mu = real([[0.2, 0.9]])
+    gradient = PROBLEM.misfit_grad(mu) + torch.linalg.solve(COV, (mu - MEAN)[0])
+
+    def error(sigma: float) -> float:
+        after = reddiff(
+            PROBLEM,
+            PRIOR,
+            sigmas=real([sigma]),
+            lam=1.0,
+            lr=1.0,
+            weight="calibrated",
+            optimizer="sgd",
+            normalize="bayes",
+            antithetic=True,
+            init=mu,
+            generator=generator,
+        )
+        return float((mu - after - gradient).norm())
+
+    assert error(0.01) < 0.005 * float(gradient.norm())
+    assert error(0.02) / error(0.01) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("order", "levels"),
+    [("descending", [3.0, 2.0, 1.0]), ("ascending", [1.0, 2.0, 3.0])],
+)
+def test_levels_are_visited_in_order(
+    order: Order, levels: list[float], generator: Generator
+) -> None:
+    seen: list[float] = []
+
+    def watch(sigmas: Any) -> Any:
+        for sigma in sigmas:
+            seen.append(float(sigma))
+            yield sigma
+
+    reddiff(
+        PROBLEM,
+        PRIOR,
+        sigmas=real([3.0, 2.0, 1.0]),
+        order=order,
+        generator=generator,
+        progress=watch,
+    )
+    assert seen == levels
+
+
+@pytest.mark.parametrize("init", ["pinv", "adjoint", "zeros"])
+def test_where_it_starts(
+    init: Literal["pinv", "adjoint", "zeros"], generator: Generator
+) -> None:
+    H = real([[2.0, 0.0]])
+    problem = InverseProblem(Y_SEEN[None], Matrix(H), GaussianNoise(SIGMA_Y))
+    start = {"pinv": [0.75, 0.0], "adjoint": [3.0, 0.0], "zeros": [0.0, 0.0]}[init]
+    got = reddiff(problem, PRIOR, steps=1, lr=0.0, init=init, generator=generator)
+    torch.testing.assert_close(got, real([start]))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_options(preset: str, generator: Generator) -> None:
+    mu = reddiff(PROBLEM, PRIOR, steps=50, generator=generator, **PRESETS[preset])
+    assert (mu[0, 0] - Y_SEEN[0]).abs() < 0.5
