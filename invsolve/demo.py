@@ -21,8 +21,18 @@ from .units import MU_WATER, hu_to_mu
 
 PRIOR = "ct-headneck-128"
 SLICES = "ct-headneck-val.nii.gz"
+PROVENANCE = {
+    "source": "OpenKBP grand challenge, validation part: patients that the bundled "
+    "prior was not trained on",
+    "data's licence": "MIT",
+    "data's citation": "Babier et al., OpenKBP: The open-access knowledge-based "
+    "planning grand challenge and dataset, Medical Physics 48 (2021)",
+}
+"""Where the bundled slices are from."""
 VIEWS = 30
 COUNTS = 1e5
+FLOOR = 0.01
+"""What the projector itself is wrong by; see `TransmissionNoise`."""
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[Iterable], Iterable]]]
 """(what, images) ↦ a context in which a sampler's loop can be wrapped."""
@@ -58,8 +68,24 @@ METHODS = (
 """What the demo compares, and how CT is solved unless told otherwise."""
 
 
+def quick() -> tuple[Method, ...]:
+    """The same methods with a third of the steps and two samples: to see it work."""
+    return tuple(
+        Method(
+            method.name,
+            method.sampler,
+            {
+                k: max(1, v // 3) if k == "steps" else v
+                for k, v in method.options.items()
+            },
+            min(2, method.samples),
+        )
+        for method in METHODS
+    )
+
+
 def bundled(name: str) -> Path:
-    """A file of the bundled data, in a checkout (``data/``) or in an installed package."""
+    """A file of the bundled data, in a checkout or in an installed package."""
     package = Path(__file__).parent
     for folder in (package / "data", package.parent / "data"):
         if (folder / name).is_file():
@@ -84,12 +110,12 @@ class Comparison:
     """What the demo found.
 
     Attributes:
-        image: the slices that were measured, in HU.
+        truth: the slices that were measured, in HU.
         results: one for each method.
         problem: what was solved.
     """
 
-    image: io.Image
+    truth: Tensor
     results: list[Result]
     problem: InverseProblem
 
@@ -119,8 +145,8 @@ def compare(
     """
     x = hu_to_mu(image.values[:, None])
     h, w = x.shape[-2:]
-    A = ParallelBeam((h, w), even_angles(views), pixel_mm=image.spacing[1])
-    noise = TransmissionNoise(counts)
+    A = ParallelBeam((h, w), even_angles(views), square_pixel(image))
+    noise = TransmissionNoise(counts, FLOOR)
     y = measure(x, A, noise, generator=generator)
     problem = InverseProblem(y, A, noise)
     # Less than vacuum, as some scanners mark what they did not see, is vacuum here.
@@ -141,9 +167,20 @@ def compare(
         results.append(
             Result.of(method.name, solution, "1/mm", truth, dict(method.options))
         )
-    return Comparison(image, results, problem)
+    return Comparison(truth, results, problem)
 
 
 def even_angles(views: int) -> Tensor:
     """Angles of so many views evenly over 180°, in radians."""
     return torch.linspace(0, torch.pi, views + 1)[:-1]
+
+
+def square_pixel(image: io.Image) -> float:
+    """A pixel's side in mm, rounded to a nanometre; refused where it is not square."""
+    _, y, x = image.spacing
+    if abs(x - y) > 1e-3 * max(x, y):
+        raise ValueError(
+            f"pixels are {x:.4g}×{y:.4g} mm, but must be square: resample the image, "
+            "or give --pixel-mm"
+        )
+    return round((x + y) / 2, 6)

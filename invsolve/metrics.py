@@ -1,5 +1,7 @@
 """How far an image is from the truth: one number for each item of a batch."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -54,12 +56,9 @@ def ssim(
         raise ValueError(f"ssim needs images of at least 7×7 pixels, got {size}")
     means, maps = [], []
     for a, b in zip(x, truth, strict=True):
-        mean, full = structural_similarity(
-            a[0].detach().cpu().double().numpy(),
-            b[0].detach().cpu().double().numpy(),
-            data_range=data_range,
-            full=True,
-        )
+        pair = [t[0].detach().cpu().double().numpy() for t in (a, b)]
+        scored: Any = structural_similarity(*pair, data_range=data_range, full=True)
+        mean, full = scored
         means.append(float(mean))
         maps.append(torch.from_numpy(full))
     if mask is None:
@@ -81,7 +80,8 @@ def body_mask(mu: Slices) -> Region:
 
     regions = []
     for hu in mu_to_hu(mu[:, 0]).cpu().numpy():
-        parts, count = ndimage.label(hu > BODY_HU)
+        labelled: Any = ndimage.label(hu > BODY_HU)
+        parts, count = labelled
         if count == 0:
             regions.append(torch.ones(hu.shape, dtype=torch.bool))
             continue

@@ -41,8 +41,8 @@ class InverseProblem:
         bad = int((~self.y.isfinite()).sum())
         if bad:
             raise ValueError(
-                f"{bad} of {self.y.numel()} measurements are NaN or infinite: drop them "
-                "with a Mask, or repair them"
+                f"{bad} of {self.y.numel()} measurements are NaN or infinite: drop "
+                "them with a Mask, or repair them"
             )
         self.operator.check_measurements(self.y)
         self.noise.check(self.y)

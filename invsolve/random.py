@@ -29,13 +29,17 @@ def randn_like(x: X, generator: Randomness) -> X:
 
 def poisson(rate: X, generator: Randomness) -> X:
     """Counts with the given expectation."""
-    return draw(lambda r, g: torch.poisson(r.to(g.device), generator=g), rate, generator)
+
+    def counts(rate: Tensor, g: Generator) -> Tensor:
+        return torch.poisson(rate.to(g.device), generator=g)
+
+    return draw(counts, rate, generator)
 
 
 def draw(
     one: Callable[[Tensor, Generator], Tensor], like: X, generator: Randomness
 ) -> X:
-    """``one(like, generator)`` for the batch, or item by item from its own generator."""
+    """``one(like, generator)`` for the batch, or for each item from its generator."""
     if isinstance(generator, Generator):
         return one(like, generator).to(like.device)
     if len(generator) != len(like):

@@ -31,10 +31,10 @@ DATA_RANGE_HU = 2000.0
 """The range that PSNR and SSIM of a CT refer to: from air to dense bone."""
 
 KINDS: Mapping[Kind, str] = {
-    "posterior_sample": "Posterior samples: images drawn so that they are as likely as "
-    "the measurements and the prior make them. The image is their mean; their standard "
-    "deviation says where the measurements leave room. It is as good as the sampler's "
-    "approximation and the prior are.",
+    "posterior_sample": "Posterior samples: images drawn as often as the measurements "
+    "and the prior together make them likely. The image is their mean, and their "
+    "standard deviation says where the measurements leave room; both are as good as "
+    "the sampler's approximation and the prior are.",
     "point_estimate": "Point estimate: one best answer. It says nothing of its own "
     "uncertainty.",
     "steered": "Steered: samples of the prior pulled towards the measurements, without "
@@ -177,28 +177,28 @@ class Report:
         low, high = np.percentile(reference.cpu().numpy(), (0.5, 99.5))
         return float(low), float(max(high, low + 1e-6))
 
-    @cached_property
-    def crop(self) -> tuple[slice, slice]:
-        """Rows and columns that hold the body, so that the figure is not mostly air."""
+    def crop(self, index: int) -> tuple[slice, slice]:
+        """Rows and columns of a slice's body, so that the figure is not mostly air."""
         h, w = self.results[0].image.shape[-2:]
         if self.unit != "HU":
             return slice(0, h), slice(0, w)
         reference = self.results[-1].image if self.truth is None else self.truth
-        body = body_mask(hu_to_mu(reference[:, None])).any(0)[0]
+        body = body_mask(hu_to_mu(reference[index][None, None]))[0, 0]
         rows, columns = body.any(1).nonzero(), body.any(0).nonzero()
         r0, r1 = int(rows[0]), int(rows[-1]) + 1
         c0, c1 = int(columns[0]), int(columns[-1]) + 1
         margin = 2 + round(0.04 * max(r1 - r0, c1 - c0))
-        r0, r1 = max(0, r0 - margin), min(h, r1 + margin)
-        c0, c1 = max(0, c0 - margin), min(w, c1 + margin)
-        return _widen(r0, r1, 0.7 * (c1 - c0), h), _widen(c0, c1, 0.7 * (r1 - r0), w)
+        high, wide = r1 - r0 + 2 * margin, c1 - c0 + 2 * margin
+        return (
+            _around(r0, r1, max(high, round(0.75 * wide)), h),
+            _around(c0, c1, max(wide, round(0.75 * high)), w),
+        )
 
 
-def _widen(start: int, stop: int, least: float, size: int) -> slice:
-    """A range of at least so many pixels around the same centre, inside the image."""
-    length = min(size, max(stop - start, round(least)))
-    first = (start + stop - length) // 2
-    first = min(max(0, first), size - length)
+def _around(start: int, stop: int, length: int, size: int) -> slice:
+    """A range of a length around the middle of another, inside the image."""
+    length = min(size, length)
+    first = min(max(0, (start + stop - length) // 2), size - length)
     return slice(first, first + length)
 
 
@@ -226,7 +226,7 @@ def save_page(path: Path, report: Report, *, most: int = 6) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    kinds = dict.fromkeys(result.kind for result in report.results)
+    kinds: dict[Kind, None] = dict.fromkeys(result.kind for result in report.results)
     html = environment.from_string(template).render(
         report=report,
         rows=[_row(result) for result in report.results],
@@ -261,8 +261,12 @@ def _row(result: Result) -> dict[str, Any]:
         "seconds": s.seconds,
         "passes": s.network_forwards + s.network_backwards,
         "operator": s.operator_applies + s.operator_adjoints + s.closed_forms,
-        "settings": ", ".join(f"{k}={v}" for k, v in result.settings.items()),
+        "settings": ", ".join(f"{k}={_brief(v)}" for k, v in result.settings.items()),
     }
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _mean(value: Tensor | None) -> float | None:
@@ -310,7 +314,7 @@ def figure(report: Report, index: int) -> bytes:
     """
     import matplotlib
 
-    style = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}
+    style: Any = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}
     with matplotlib.rc_context(style):
         draw = _one_method if len(report.results) == 1 else _many_methods
         return draw(report, index)
@@ -323,7 +327,7 @@ def _one_method(report: Report, index: int) -> bytes:
     if truth is not None:
         number = _number(index, report)
         panels.append(("Truth", number, truth[index], GREY, report.limits))
-    many = result.sample is not None
+    many, crop = result.sample is not None, report.crop(index)
     below = f"mean of {result.samples}" if many else _number(index, report)
     if result.psnr is not None:
         below = _scores(result, index)
@@ -333,30 +337,31 @@ def _one_method(report: Report, index: int) -> bytes:
         panels.append(("One sample", f"of {result.samples}", one, GREY, report.limits))
     if truth is not None:
         error = image - truth[index]
-        limit = _round_up(_high(error[report.crop].abs(), 98))
-        panels.append(("Error", "minus truth", error, SIGNED, (-limit, limit)))
+        limit = _round_up(_high(error[crop].abs(), 98.0))
+        panels.append(("Error", "mean minus truth", error, SIGNED, (-limit, limit)))
     if result.std is not None:
         std = result.std[index]
-        limit = _round_up(_high(std[report.crop], 99))
+        limit = _round_up(_high(std[crop], 99.0))
         what = "of the posterior samples"
         panels.append(("Std. deviation", what, std, SPREAD, (0.0, limit)))
-    canvas = _Canvas(report, rows=1, columns=len(panels), right=0.12, bottom=0.62)
+    canvas = _Canvas(report, crop, rows=1, columns=len(panels), right=0.12, bottom=0.62)
     for column, (name, text, values, cmap, limits) in enumerate(panels):
         axes = canvas.place(0, column)
-        drawn = canvas.show(axes, values[report.crop], cmap, limits)
+        drawn = canvas.show(axes, values[crop], cmap, limits)
         canvas.title(axes, name, text)
         canvas.scale_below(column, drawn, "max" if cmap == SPREAD else "both")
     return canvas.png()
 
 
 def _many_methods(report: Report, index: int) -> bytes:
-    results, truth = report.results, report.truth
-    images = [result.image[index][report.crop] for result in results]
-    stds = [None if r.std is None else r.std[index][report.crop] for r in results]
+    results, truth, crop = report.results, report.truth, report.crop(index)
+    images = [result.image[index][crop] for result in results]
+    stds = [None if r.std is None else r.std[index][crop] for r in results]
     known = [std for std in stds if std is not None]
     ahead = 0 if truth is None else 1
     canvas = _Canvas(
         report,
+        crop,
         rows=1 + (truth is not None) + bool(known),
         columns=ahead + len(results),
         left=0.36,
@@ -370,13 +375,13 @@ def _many_methods(report: Report, index: int) -> bytes:
         canvas.title(axes, result.name, scores)
     canvas.name_row(0, "image", drawn, "both")
     if truth is not None:
-        true = truth[index][report.crop]
+        true = truth[index][crop]
         axes = canvas.place(0, 0)
         canvas.show(axes, true, GREY, report.limits)
         canvas.title(axes, "Truth", _number(index, report))
         canvas.note(canvas.place(1, 0), report.measured)
         errors = [image - true for image in images]
-        limit = _round_up(float(np.median([_high(e.abs(), 98) for e in errors])))
+        limit = _round_up(float(np.median([_high(e.abs(), 98.0) for e in errors])))
         for column, error in enumerate(errors, 1):
             axes = canvas.place(1, column)
             drawn = canvas.show(axes, error, SIGNED, (-limit, limit))
@@ -385,7 +390,7 @@ def _many_methods(report: Report, index: int) -> bytes:
         row = canvas.rows - 1
         if truth is not None:
             canvas.note(canvas.place(row, 0), _MEANING)
-        limit = _round_up(max(_high(std, 99) for std in known))
+        limit = _round_up(max(_high(std, 99.0) for std in known))
         for column, (result, std) in enumerate(zip(results, stds, strict=True), ahead):
             axes = canvas.place(row, column)
             if std is None:
@@ -410,6 +415,7 @@ class _Canvas:
     def __init__(
         self,
         report: Report,
+        crop: tuple[slice, slice],
         *,
         rows: int,
         columns: int,
@@ -421,7 +427,7 @@ class _Canvas:
         from matplotlib.figure import Figure
 
         self.unit, self.rows, self.columns, self.left = report.unit, rows, columns, left
-        h, w = report.results[0].image[0][report.crop].shape
+        h, w = report.results[0].image[0][crop].shape
         self.tall = self.WIDE * h / w
         self.width = left + columns * (self.WIDE + self.GAP) - self.GAP + right
         self.height = self.TOP + rows * (self.tall + self.GAP) - self.GAP + bottom
@@ -528,7 +534,7 @@ class _Canvas:
         bar = self.figure.colorbar(
             drawn, cax=axes, extend=extend, orientation=orientation
         )
-        bar.outline.set_visible(False)
+        bar.outline.set(edgecolor=FAINT, linewidth=0.5)
         bar.locator = _ticks()
         bar.update_ticks()
         bar.ax.tick_params(

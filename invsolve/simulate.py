@@ -15,7 +15,7 @@ from .random import Randomness
 from .shapes import X, Y
 
 
-def refine(x: X, factor: int, *, steps: int = 20) -> X:
+def refine(x: X, factor: int, *, steps: int = 20) -> Tensor:
     """A smooth image on pixels ``factor`` times finer, whose block means are x.
 
     Bicubic interpolation, then x_fine ← x_fine + ↑(x − block means), which keeps the

@@ -96,7 +96,7 @@ class TrainConfig(_Section):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise ValueError(f"{path}: {where}: {first['msg']}") from error
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {path}: {error}") from error
 
 
@@ -144,7 +144,13 @@ def load_slices(folder: Path, data: Data) -> Tensor:
         u = to_prior(hu_to_mu(values) if data.unit == "HU" else values)
         foreground = (u > FOREGROUND).flatten(1).float().mean(1)
         kept.append(u[foreground >= data.min_foreground].half())
-    return torch.cat(kept)[:, None]
+    slices = torch.cat(kept)[:, None]
+    if not len(slices):
+        raise ValueError(
+            f"every slice in {folder} is background: check data.scale, data.unit and "
+            "data.min_foreground"
+        )
+    return slices
 
 
 def train(
@@ -348,7 +354,7 @@ def _export(
     names = ["images", "loss", *(f"psnr_at_{level}" for level in LEVELS)]
     io.replace(out / f"{config.name}.safetensors", lambda p: save_file(weights, p))
     text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-    io.replace(out / f"{config.name}.json", lambda p: Path(p).write_text(text))
+    io.replace(out / f"{config.name}.json", lambda p: Path(p).write_text(text, "utf-8"))
 
     def write_csv(path: str) -> None:
         with open(path, "w", newline="") as file:

@@ -29,8 +29,6 @@ from invsolve.shapes import Sigma, X, Y
 
 real = partial(torch.tensor, dtype=torch.float64)
 
-torch.set_num_threads(1)  # everything here is tiny: threads would wait for each other
-
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -109,7 +107,7 @@ def image_prior(generator: Generator) -> GaussianPrior:
 
 
 def ddpm_grid(steps: int) -> Tensor:
-    """The DDPM's levels at t = unique(round(linspace(0, 999, steps))), highest first."""
+    """The DDPM's levels at t = unique(round(linspace(0, 999, steps))), falling."""
     t = torch.linspace(0, 999, steps, dtype=torch.float64).round().long().unique()
     return (1 / ddpm_alphas_cumprod()[t.flip(0)] - 1).sqrt()
 
@@ -121,7 +119,7 @@ def with_noise(
     prior: Prior,
     **options: Any,
 ) -> Tensor:
-    """The sampler's result when its k-th draw is noise[k]; it must make just as many."""
+    """The sampler's result when its k-th draw is noise[k]; it must make all of them."""
     draws = iter(noise)
 
     def given(x: Tensor, generator: object) -> Tensor:

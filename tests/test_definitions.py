@@ -238,6 +238,15 @@ def test_fbp_gives_the_disc_again(
     assert float(got[r < 0.8 * radius].mean()) == pytest.approx(mu, rel=0.01)
     assert float(got[r < 0.8 * radius].sub(mu).abs().max()) < 0.03 * mu
     assert float(got[r > 1.2 * radius].mean().abs()) < 0.01 * mu
+    near = got.where(r < 1.2 * radius, 0)
+    assert float((near * x).sum() / near.sum()) == pytest.approx(x0, abs=0.02 * pixel)
+    assert float((near * y).sum() / near.sum()) == pytest.approx(y0, abs=0.02 * pixel)
+
+
+def test_fbp_does_not_wrap_around_the_detector() -> None:
+    narrow, wide = (ops.ParallelBeam((40, 40), ANGLES, detectors=n) for n in (64, 256))
+    got, expected = (A.fbp(chords(A, 15.0)[None, None]) for A in (narrow, wide))
+    assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 def test_windows_are_ever_smoother(generator: Generator) -> None:

@@ -133,6 +133,13 @@ def test_precision_is_the_curvature_at_the_measurements(
     assert_close(precision, curvature)
 
 
+def test_a_floor_adds_to_the_variance(generator: Generator) -> None:
+    counts, floor = 1e4, 0.02
+    y, _ = typical(TransmissionNoise(counts), generator)
+    variance = 1 / TransmissionNoise(counts, floor=floor).precision(y)
+    assert_close(variance, torch.exp(y) / counts + floor**2)
+
+
 @pytest.mark.parametrize("name", ["gaussian", "poisson", "transmission"])
 def test_the_score_has_mean_zero_and_the_variance_of_fisher(
     name: str, generator: Generator

@@ -588,7 +588,9 @@ def test_nothing_in_the_files_is_executed(tmp_path: Path) -> None:
     card = save(tmp_path)
     file = card.with_suffix(".safetensors")
     file.write_bytes(poison)
-    card.write_text(json.dumps({**json.loads(card.read_text()), "sha256": sha256(file)}))
+    card.write_text(
+        json.dumps({**json.loads(card.read_text()), "sha256": sha256(file)})
+    )
     with pytest.raises(ValueError, match="cannot load"):
         priors.load(card)
     card.write_bytes(poison)

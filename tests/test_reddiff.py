@@ -134,84 +134,87 @@ def test_random_order_settles_at_the_stationary_point() -> None:
     torch.testing.assert_close(
         stationary, real([1.414411, -0.399810]), rtol=0, atol=1e-6
     )
-    n, generators = 200, streams(200)
-    mu: Tensor | str = "pinv"
-    for _ in range(2):
-        mu = reddiff(
-            copies(n),
-            PRIOR,
-            steps=1000,
-            lam=0.25,
-            lr=0.1,
-            optimizer="sgd",
-            order="random",
-            antithetic=True,
-            init=mu,
-            generator=generators,
-        )
-    assert isinstance(mu, Tensor)
+    n = 32
+    mu = reddiff(
+        copies(n),
+        PRIOR,
+        steps=1000,
+        lam=0.25,
+        lr=0.2,
+        optimizer="sgd",
+        order="random",
+        antithetic=True,
+        generator=streams(n),
+    )
     error = 5 * mu.std(0) / math.sqrt(n)
-    assert (error < 0.02).all()
+    assert (error < 0.08).all()
     assert ((mu.mean(0) - stationary).abs() <= error).all()
 
 
-def test_isotropic_priors_have_a_weight_that_is_bayes() -> None:
-    """With C = I and λ = 1/E_t[1/(1 + SNR_t)] the expected gradient vanishes at μ_post."""
+def test_isotropic_priors_have_a_weight_that_is_bayes(generator: Generator) -> None:
+    """With C = I and λ = 1/E_t[1/(1 + SNR_t)] descent rests at the posterior mean."""
     lam = float(1 / (1 / (1 + SNR)).mean())
-    assert lam == pytest.approx(1.3802874815, abs=1e-10)
+    assert lam == pytest.approx(1.380287, abs=1e-6)
     prior = GaussianPrior(MEAN, EYE, SIGMA_MIN, SIGMA_MAX)
     H = real([[1.0, 0.5]])
     cov = torch.linalg.inv(EYE + H.T @ H / SIGMA_Y**2)
     posterior_mean = cov @ (MEAN + H.T @ Y_SEEN / SIGMA_Y**2)
     problem = InverseProblem(Y_SEEN[None], Matrix(H), GaussianNoise(SIGMA_Y))
 
-    def total_gradient(at: Tensor) -> Tensor:
-        lr = 1e-9  # so small that every level is taken at one and the same point
-        after = reddiff(
-            problem,
-            prior,
-            steps=1000,
-            lam=lam,
-            lr=lr,
-            optimizer="sgd",
-            normalize="bayes",
-            antithetic=True,
-            init=at[None],
-            generator=Generator(),
-        )
-        return (at - after[0]) / lr / 1000
-
-    zero = torch.zeros_like(MEAN)
-    torch.testing.assert_close(
-        total_gradient(posterior_mean), zero, rtol=0, atol=1e-5
+    at = torch.stack([posterior_mean, posterior_mean + 0.01])
+    lr = 1e-9  # so small that every level is taken at one and the same point
+    after = reddiff(
+        problem.items(torch.zeros(2, dtype=torch.long)),
+        prior,
+        steps=1000,
+        lam=lam,
+        lr=lr,
+        optimizer="sgd",
+        normalize="bayes",
+        antithetic=True,
+        init=at,
+        generator=generator,
     )
-    assert total_gradient(posterior_mean + 0.01).norm() > 1e-2
+    gradient = (at - after) / lr / 1000
+    torch.testing.assert_close(gradient[0], 0 * MEAN, rtol=0, atol=1e-5)
+    assert gradient[1].norm() > 1e-2
+
+
+def answers(order: Order, lr: float) -> Tensor:
+    """Adam's answers from fifty seeds."""
+    g = Generator().manual_seed(0)
+    return reddiff(copies(50), PRIOR, steps=1000, lr=lr, order=order, generator=g)
+
+
+@pytest.fixture(scope="module")
+def descending() -> Tensor:
+    return answers("descending", 0.1)
+
+
+def test_adam_descending_anneals_to_the_noiseless_mean(descending: Tensor) -> None:
+    """(1.5, 0.3) is E[x₀ | Ax₀ = y]; the measured part fits y, its noise included."""
+    mean = descending.mean(0)
+    assert ((mean - real([1.500, 0.260])).abs() <= real([0.005, 0.10])).all()
+    assert (descending[:, 0] - Y_SEEN).abs().max() < 0.03
 
 
 @pytest.mark.parametrize(
     ("order", "expected", "bound"),
     [
-        ("descending", (1.500, 0.260), (0.005, 0.10)),
         ("random", (1.413, -0.406), (0.100, 0.10)),
         ("ascending", (1.389, -0.500), (0.010, 0.02)),
     ],
 )
-def test_adam_s_answer_hangs_on_the_order(
+def test_adam_in_another_order_does_not(
     order: Order, expected: tuple[float, float], bound: tuple[float, float]
 ) -> None:
-    """Descending anneals to the noiseless conditional mean (1.5, 0.3); others do not."""
-    mu = reddiff(
-        copies(50), PRIOR, steps=1000, lr=0.1, order=order, generator=streams(50)
-    )
-    assert ((mu.mean(0) - real(expected)).abs() <= real(bound)).all()
+    mean = answers(order, 0.1).mean(0)
+    assert ((mean - real(expected)).abs() <= real(bound)).all()
 
 
-def test_the_spread_over_seeds_is_not_the_posterior_s() -> None:
-    """It is the optimiser's noise: it grows with the step size and misses the data's."""
-    slow, fast = (
-        reddiff(copies(50), PRIOR, steps=1000, lr=lr, generator=streams(50)).std(0)
-        for lr in (0.1, 0.25)
-    )
+def test_the_spread_over_seeds_is_not_the_posterior_s(descending: Tensor) -> None:
+    """It is the optimiser's noise: it grows with the step, and misses the data's."""
+    slow, fast = descending.std(0), answers("descending", 0.25).std(0)
     posterior = POSTERIOR_COV.diagonal().sqrt()
     assert slow[0] < 0.1 * posterior[0]
     assert slow[1] < 0.7 * posterior[1]
@@ -219,14 +222,14 @@ def test_the_spread_over_seeds_is_not_the_posterior_s() -> None:
     assert reddiff.kind == "point_estimate"  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def test_a_mixture_s_occupancy_is_biased() -> None:
-    """A known bias: modes .74/.26 of RED-diff's answers where the posterior has .50/.50.
+def test_a_mixture_s_occupancy_is_biased(generator: Generator) -> None:
+    """A known bias: modes are taken .74/.26 where the posterior has .50/.50.
 
     And they lie on the data, far closer than the noise would have it.
     """
     n = 100
     problem = MIXTURE_PROBLEM.items(torch.zeros(n, dtype=torch.long))
-    mu = reddiff(problem, MIXTURE, steps=1000, lr=0.1, generator=streams(n))
+    mu = reddiff(problem, MIXTURE, steps=1000, lr=0.1, generator=generator)
     occupancy = MIXTURE.responsibilities(mu, real(0.0)).mean(0)
     posterior = MIXTURE.posterior(MIXTURE_A, MIXTURE_Y, MIXTURE_SIGMA_Y)
     torch.testing.assert_close(

@@ -40,7 +40,7 @@ def test_a_smooth_image_stays_smooth() -> None:
     expected = blob(72, 1 / 3, 4.0)
     steps = x.repeat_interleave(3, -1).repeat_interleave(3, -2)
     error = (refine(x, 3) - expected).norm()
-    assert float(error) < 0.1 * float((steps - expected).norm())
+    assert float(error) < 0.2 * float((steps - expected).norm())
 
 
 def test_a_constant_stays_constant() -> None:

@@ -51,6 +51,8 @@ def read(
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         raise ValueError(f"cannot read {path}: {first_line}") from error
+    if image.values.numel() == 0:
+        raise ValueError(f"{path} holds no numbers")
     if not image.values.isfinite().all():
         raise ValueError(
             f"{path} holds NaN or infinite values: repair or mask them first"
@@ -79,7 +81,7 @@ def write(path: str | Path, image: Image) -> None:
 
 
 def replace(path: Path, save: Callable[[str], object], ending: str = "") -> None:
-    """Let ``save`` write a file beside ``path``, and only when it is whole move it there.
+    """Let ``save`` write a file beside ``path``; only when it is whole move it there.
 
     Whatever happens meanwhile, ``path`` holds either what it held or all of the new.
     """
@@ -115,14 +117,16 @@ def _stack(array: np.ndarray) -> torch.Tensor:
 def _read_picture(path: Path) -> np.ndarray:
     from skimage.io import imread
 
-    array = np.asarray(imread(path))
+    with path.open("rb") as file:  # given a name, it leaves a damaged picture open
+        tiff = path.suffix.lower() in (".tif", ".tiff")
+        array = np.asarray(imread(path if tiff else file))
     if array.ndim == 3:
         raise ValueError("it has colours: convert it to grey first")
     return array / np.iinfo(array.dtype).max if array.dtype.kind == "u" else array
 
 
 def _read_nifti(path: Path, axes: str | None) -> Image:
-    import nibabel as nib
+    from nibabel.nifti1 import load
     from nibabel.orientations import (
         apply_orientation,
         axcodes2ornt,
@@ -131,11 +135,13 @@ def _read_nifti(path: Path, axes: str | None) -> Image:
         ornt_transform,
     )
 
-    file = nib.nifti1.load(path)
+    file = load(path)
     if len(file.shape) not in (2, 3):
         raise ValueError(f"expected a volume, got an array of shape {file.shape}")
     shape = (*file.shape, 1)[:3]
-    given = file.affine if axes is None else _affine(axes, file.header.get_zooms())
+    given = np.asarray(file.affine)
+    if axes is not None:
+        given = _affine(axes, np.linalg.norm(given[:3, :3], axis=0))
     # The array's axes run Left, Posterior, Superior after this, each from its opposite.
     turn = ornt_transform(io_orientation(given), axcodes2ornt(("L", "P", "S")))
     array = apply_orientation(file.get_fdata(dtype=np.float32).reshape(shape), turn)
@@ -144,7 +150,7 @@ def _read_nifti(path: Path, axes: str | None) -> Image:
     return Image(values, affine)
 
 
-def _affine(axes: str, sizes: tuple[float, ...]) -> np.ndarray:
+def _affine(axes: str, sizes: np.ndarray) -> np.ndarray:
     """The affine of an array whose axes point to ``axes``, its first voxel at 0."""
     from nibabel.orientations import axcodes2ornt
 

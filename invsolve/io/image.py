@@ -38,7 +38,7 @@ class Image:
 
     @classmethod
     def from_array(cls, values: Tensor, unit: Unit = "") -> "Image":
-        """A picture (y, x) or a stack (z, y, x) without a place: 1 mm, at the origin."""
+        """A picture (y, x) or a stack (z, y, x) with no place: 1 mm, at the origin."""
         stack = values if values.ndim == 3 else values[None]
         return cls(stack.to(torch.float32), np.diag([-1.0, -1.0, 1.0, 1.0]), unit)
 

@@ -54,8 +54,6 @@ class Measurements:
             )
         if self.affine.shape != (4, 4) or not np.isfinite(self.affine).all():
             raise ValueError("the affine is not 4×4 finite numbers")
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unknown unit {self.unit!r}")
         for what, described in (("operator", self.operator), ("noise", self.noise)):
             if not isinstance(described.get("name"), str):
                 raise ValueError(f"the {what} has no name")
@@ -77,11 +75,11 @@ def save_measurements(path: str | Path, m: Measurements) -> None:
         "unit": m.unit,
         **m.note,
     }
-    text = np.asarray(json.dumps(meta, ensure_ascii=False))
-    y = m.y.detach().cpu().numpy()
+    arrays["y"], arrays["affine"] = m.y.detach().cpu().numpy(), m.affine
+    arrays["meta"] = np.asarray(json.dumps(meta, ensure_ascii=False))
 
     def save(partial: str) -> None:
-        np.savez_compressed(partial, y=y, affine=m.affine, meta=text, **arrays)
+        np.savez_compressed(partial, allow_pickle=False, **arrays)
 
     replace(path, save, ".npz")
 
@@ -96,7 +94,7 @@ def load_measurements(path: str | Path) -> Measurements:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: check the name")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays.pop("meta")[()]))
     except Exception as error:  # zipfile, zlib, struct and NumPy each raise their own
@@ -116,6 +114,8 @@ def _from_parts(arrays: dict[str, np.ndarray], meta: Any) -> Measurements:
     if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
         raise ValueError(f"it is not of format {FORMAT}")
     operator, noise, unit = (meta.pop(key) for key in ("operator", "noise", "unit"))
+    if unit not in get_args(Unit):
+        raise ValueError(f"its unit {unit!r} is unknown")
     if not isinstance(operator, dict) or not isinstance(noise, dict):
         raise ValueError("its operator and noise are not objects")
     y, affine = arrays.pop("y"), arrays.pop("affine")

@@ -6,4 +6,5 @@ from .dds import dds as dds
 from .diffpir import diffpir as diffpir
 from .dps import dps as dps
 from .reddiff import reddiff as reddiff
+from .tmpd import tmpd as tmpd
 from .unconditional import heun as heun

@@ -76,7 +76,7 @@ def tv(
     """
     A, y = problem.whitened()
     b = A.adjoint(y)
-    x = cg(A.normal, b, torch.zeros_like(b), max_steps=cg_steps, rtol=0)
+    x = cg(A.normal, b, torch.zeros_like(b), max_steps=cg_steps, rtol=0.0)
     # The threshold λ/ρ is a tenth of the image's own spread: neither so small that z
     # hardly moves nor so large that it forgets the edges.
     spread = x.flatten(1).std(1).clamp_min(torch.finfo(x.dtype).tiny)
@@ -89,7 +89,7 @@ def tv(
 
     for _ in progress(range(steps)):
         right = b + rho * (_divergence(z - u) + nonnegative * (w - v))
-        x = cg(normal, right, x, max_steps=cg_steps, rtol=0)
+        x = cg(normal, right, x, max_steps=cg_steps, rtol=0.0)
         d = _gradient(x)
         length = _length(d + u).clamp_min(torch.finfo(x.dtype).tiny)
         z = (d + u) * (1 - lam / rho.unsqueeze(1) / length).clamp_min(0)

@@ -57,10 +57,10 @@ def dds(
     for sigma, sigma_next in progress(transitions(sigmas)):
         denoised = prior.denoise(x, sigma)
         if gamma is None:
-            x0 = problem.prox(denoised, 1 / sigma**2, max_steps=cg_steps, rtol=0)
+            x0 = problem.prox(denoised, 1 / sigma**2, max_steps=cg_steps, rtol=0.0)
         else:
             A, y = problem.linear, problem.y
-            x0 = A.prox(denoised, y, 1 / gamma, max_steps=cg_steps, rtol=0)
+            x0 = A.prox(denoised, y, 1 / gamma, max_steps=cg_steps, rtol=0.0)
         eps = (x - denoised) / sigma
         n = randn_like(x, generator)
         x = x0 + sigma_next * ((1 - eta**2) ** 0.5 * eps + eta * n)

@@ -1,0 +1,1179 @@
+"""The command line: files and names become objects here, and only here."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import numpy as np
+import torch
+import typer
+from torch import Generator, Tensor
+
+from invsolve import demo as demonstration, io, operators as ops, priors, samplers
+from invsolve.operators import LinearOperator, Noise
+from invsolve.priors.weights import read_card, sha256
+from invsolve.problem import InverseProblem
+from invsolve.report import (
+    Report,
+    Result,
+    machine,
+    save_figure,
+    save_page,
+    shown,
+    shown_unit,
+    table,
+    versions,
+)
+from invsolve.simulate import measure
+from invsolve.solve import solve as run_solve
+from invsolve.units import MU_WATER, hu_to_mu
+
+SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
+    "reddiff": samplers.reddiff,
+    "dds": samplers.dds,
+    "diffpir": samplers.diffpir,
+    "dps": samplers.dps,
+    "tv": samplers.tv,
+    "fbp": samplers.fbp,
+}
+
+NOISES: Mapping[str, Callable[..., Noise]] = {
+    "gaussian": ops.GaussianNoise,
+    "poisson": ops.PoissonNoise,
+    "transmission": ops.TransmissionNoise,
+}
+
+
+def _ct(
+    shape: Sequence[int],
+    angles: np.ndarray,
+    pixel_mm: float,
+    detectors: int,
+    detector_mm: float,
+) -> LinearOperator:
+    theta = torch.from_numpy(np.asarray(angles, dtype=np.float32))
+    return ops.ParallelBeam(_size(shape), theta, pixel_mm, detectors, detector_mm)
+
+
+def _inpaint(mask: np.ndarray) -> LinearOperator:
+    return ops.Mask(torch.from_numpy(np.asarray(mask, dtype=np.float32)))
+
+
+def _blur(shape: Sequence[int], width: float) -> LinearOperator:
+    return ops.Blur.gaussian(width, _size(shape))
+
+
+def _superres(shape: Sequence[int], factor: int) -> LinearOperator:
+    return ops.Downsample(factor, _size(shape))
+
+
+def _mri(mask: np.ndarray) -> LinearOperator:
+    return _inpaint(mask) @ ops.Fourier() @ ops.RealImage()
+
+
+def _size(shape: Sequence[int]) -> tuple[int, int]:
+    h, w = shape
+    return int(h), int(w)
+
+
+OPERATORS: Mapping[str, Callable[..., LinearOperator]] = {
+    "ct": _ct,
+    "inpaint": _inpaint,
+    "blur": _blur,
+    "superres": _superres,
+    "mri": _mri,
+}
+
+EXTRAS = {
+    "astra": "ct",
+    "nibabel": "io",
+    "pydicom": "io",
+    "skimage": "io",
+    "jinja2": "report",
+    "matplotlib": "report",
+}
+"""Which extra brings a module that may be missing."""
+
+FACTOR = 3
+"""How many times finer the grid is on which CT is measured."""
+
+SOLVE_EXAMPLES = (
+    "Example: invsolve solve y.npz -o out --sampler dds --samples 8 --truth ct.nii.gz",
+    "Example: invsolve solve y.npz -o out --sampler tv --set lam=30",
+    "Example: invsolve solve y.npy -o out --pixel-mm 3.9 --size 128 --counts 1e5",
+)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
+)
+
+Seed = Annotated[int, typer.Option(min=0, help="Of every random number.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")
+]
+PriorName = Annotated[
+    str, typer.Option("--prior", help="A bundled name, or the path of a card (.json).")
+]
+UnitName = Annotated[
+    str | None,
+    typer.Option("--unit", help="Of the image's values: HU, 1/mm or none."),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    What the user can mend is one line on stderr and exit code 2; a fault of the program
+    is one line and 1. ``--debug`` shows the traceback of either.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in given
+    try:
+        code = app(
+            [word for word in given if word != "--debug"],
+            prog_name="invsolve",
+            standalone_mode=False,
+        )
+        return code if isinstance(code, int) else 0
+    except Exception as error:
+        if debug:
+            raise
+        message, code = _explain(error)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        message, code = "interrupted; nothing was written", 130
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    if isinstance(error, typer.Abort):
+        return "interrupted", 130
+    if hasattr(error, "format_message"):  # typer's own: it says what was misspelt
+        ctx = getattr(error, "ctx", None)
+        command = ctx.command_path if ctx is not None else "invsolve"
+        message = error.format_message().rstrip(".")  # pyright: ignore
+        return f"{message or 'nothing to do'}: see {command} --help", 2
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        extra = EXTRAS[error.name]
+        return f"{error.name} is not installed: pip install 'invsolve[{extra}]'", 2
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out of memory: give fewer slices, or --samples 1", 2
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}: check the path and its permissions", 2
+    if isinstance(error, ValueError | OSError | ModuleNotFoundError):
+        return str(error) or type(error).__name__, 2
+    return (
+        f"{type(error).__name__}: {error}: this is a fault of invsolve; please report "
+        "it with what --debug shows",
+        1,
+    )
+
+
+def _show_version(value: bool) -> bool:
+    if value:
+        typer.echo(f"invsolve {versions()['invsolve']}")
+        raise typer.Exit
+    return value
+
+
+@app.callback(
+    epilog="Example: invsolve simulate ct.nii.gz -o y.npz; invsolve solve y.npz -o o"
+)
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, help="Show it and leave."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Posterior sampling for inverse problems in imaging, with diffusion priors."""
+
+
+@app.command(epilog="Example: invsolve demo --quick")
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder.")] = Path("demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One slice, and fewer steps.")
+    ] = False,
+    prior: PriorName = demonstration.PRIOR,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Reconstruct low-dose CT of real slices by four methods.
+
+    Simulates the measurements of the bundled slices, solves them, prints how far each
+    method is from the truth, and writes report.png, report.html and result.json.
+    """
+    _need("nibabel", "matplotlib", "jinja2", "skimage")
+    where = _device(device)
+    _check_folder(out, force=True)
+    loaded = _load_prior(prior)
+    _check_unit(prior, "1/mm")
+    path = demonstration.bundled(demonstration.SLICES)
+    image = io.read(path, "HU")
+    if quick:
+        image = image.slices(_middle(image), _middle(image) + 1)
+    found = demonstration.compare(
+        image,
+        loaded,
+        methods=demonstration.quick() if quick else demonstration.METHODS,
+        generator=Generator().manual_seed(seed),
+        device=where,
+        bar=lambda what, images: _bar(what, images, where),
+    )
+    n = len(image.values)
+    views, counts = demonstration.VIEWS, demonstration.COUNTS
+    card, _ = read_card(prior)
+    report = Report(
+        title="Sparse-view, low-dose CT with a diffusion prior",
+        summary=f"{n} axial slice{'s' if n > 1 else ''} of real head-and-neck CT, "
+        f"measured by {views} views with {counts:,.0f} photons for each detector "
+        "element, and reconstructed by four methods.",
+        results=found.results,
+        unit="HU",
+        truth=found.truth,
+        facts={
+            "Measurements": _measured(found.problem, simulated=True),
+            "Data": {
+                "image": path.name,
+                "sha256": sha256(path),
+                **demonstration.PROVENANCE,
+                **_prior_facts(card),
+            },
+            "Run": _run_facts(seed, where),
+        },
+        measured=f"{views} views over 180°\n{counts:,.0f} photons\n"
+        "per detector element",
+    )
+    with _at_once(out) as folder:
+        _write_report(folder, report)
+        settings = {"command": "demo", "quick": quick, "prior": prior}
+        _write_json(
+            folder / "result.json", _record(report, settings, seed, where, path)
+        )
+    typer.echo(table(found.results))
+    typer.echo(f"wrote {out / 'report.png'} and {out / 'report.html'}")
+
+
+@app.command(
+    epilog="Example: invsolve simulate ct.nii.gz -o y.npz --slice 64 --counts 1e5"
+)
+def simulate(
+    image: Annotated[Path, typer.Argument(help="NIfTI, NumPy (.npy) or a picture.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write (.npz).")],
+    operator: Annotated[
+        str, typer.Option(help=f"One of {', '.join(OPERATORS)}.")
+    ] = "ct",
+    slice_: Annotated[
+        int | None, typer.Option("--slice", help="Which slice; the middle one.")
+    ] = None,
+    slices: Annotated[
+        str | None, typer.Option(help="A range of slices, A:B, without B.")
+    ] = None,
+    views: Annotated[int, typer.Option(min=1, help="ct: evenly over 180°.")] = 30,
+    counts: Annotated[
+        float, typer.Option(help="ct: photons for a detector element through air.")
+    ] = 1e5,
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            help="Others: the noise, in the image's unit. 0.02 by default; of CT 20 HU."
+        ),
+    ] = None,
+    keep: Annotated[
+        float, typer.Option(help="inpaint: the fraction of pixels that are seen.")
+    ] = 0.5,
+    width: Annotated[
+        float, typer.Option(help="blur: standard deviation in pixels.")
+    ] = 2.0,
+    factor: Annotated[
+        int, typer.Option(min=1, help="superres: pixels a side that are averaged.")
+    ] = 4,
+    acceleration: Annotated[
+        float, typer.Option(min=1, help="mri: how many times fewer k-space columns.")
+    ] = 4.0,
+    pixel_mm: Annotated[
+        float | None, typer.Option(help="A pixel's side; as the file says by default.")
+    ] = None,
+    unit: UnitName = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Measure a known image: A(x) + noise.
+
+    CT is measured on a grid three times finer than it will be solved on, with photon
+    noise; the other operators with Gaussian noise.
+    """
+    if out.suffix != ".npz":
+        raise ValueError(f"cannot write {out}: the name must end in .npz")
+    _check_writable(out)
+    where = _device(device)
+    _lookup(OPERATORS, operator, "operator")
+    whole = _read_image(image, unit, pixel_mm)
+    first, last = _range(whole, slice_, slices)
+    chosen = whole.slices(first, last)
+    x, kind = _to_solve(chosen)
+    generator = Generator().manual_seed(seed)
+    described, noise = _describe(
+        operator,
+        chosen,
+        kind,
+        generator,
+        views=views,
+        counts=counts,
+        sigma=sigma,
+        keep=keep,
+        width=width,
+        factor=factor,
+        acceleration=acceleration,
+    )
+    A, model = _build_operator(described), _build_noise(noise)
+    x, A = x.to(where), A.to(where)
+    with _bar("simulate", len(x), where) as progress:
+        if isinstance(A, ops.ParallelBeam):
+            parts = [
+                measure(part, A, model, factor=FACTOR, generator=generator)
+                for part in progress(x.split(1))
+            ]
+            y = torch.cat(parts)
+        else:
+            y = model.sample(A(x), generator=generator)
+    measurements = io.Measurements(
+        y.cpu(),
+        described,
+        noise,
+        chosen.affine,
+        kind,
+        {
+            "simulated": True,
+            "image": image.name,
+            "image_sha256": sha256(image),
+            "slices": [first, last],
+            "seed": seed,
+        },
+    )
+    io.save_measurements(out, measurements)
+    shape = "×".join(map(str, y.shape))
+    typer.echo(f"wrote {out}: {operator}, {shape}, {_say_noise(noise)}")
+
+
+@app.command(epilog="\n\n".join(SOLVE_EXAMPLES))
+def solve(
+    measurements: Annotated[
+        Path,
+        typer.Argument(help="As simulate writes them (.npz), or a sinogram (.npy)."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder.")],
+    sampler: Annotated[
+        str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")
+    ] = "dds",
+    prior: PriorName = demonstration.PRIOR,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="For each slice; 8 of a posterior, else 1."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A sampler's option; repeat."),
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="The true image, to compare with.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(metavar="LO,HI", help="Grey scale of the report.")
+    ] = None,
+    save_samples: Annotated[
+        bool, typer.Option("--save-samples", help="Write samples.npy, too.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into a folder that is not empty.")
+    ] = False,
+    pixel_mm: Annotated[
+        float | None, typer.Option(help="Sinogram: a pixel's side.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Sinogram: pixels a side of the image.")
+    ] = None,
+    detector_mm: Annotated[
+        float | None, typer.Option(help="Sinogram: the detector's pitch; as pixel-mm.")
+    ] = None,
+    angles: Annotated[
+        Path | None,
+        typer.Option(help="Sinogram: radians (.npy); evenly over 180° by default."),
+    ] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="Sinogram: Gaussian noise of so much.")
+    ] = None,
+    counts: Annotated[
+        float | None,
+        typer.Option(help="Sinogram: photon noise of so many through air."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Reconstruct images from measurements.
+
+    Writes mean.nii.gz, std.nii.gz (of posterior samples only), report.png, report.html
+    and result.json. CT is in HU. A sinogram is (views, detectors) or (slices, views,
+    detectors), line integrals of attenuation without a unit.
+    """
+    _need("nibabel", "matplotlib", "jinja2", *(["skimage"] if truth else []))
+    where = _device(device)
+    method = _lookup(SAMPLERS, sampler, "sampler")
+    limits = _window(window)
+    _check_folder(out, force=force)
+    raw = {
+        "pixel_mm": pixel_mm,
+        "size": size,
+        "detector_mm": detector_mm,
+        "angles": angles,
+        "sigma": sigma,
+        "counts": counts,
+    }
+    m = _read_measurements(measurements, raw)
+    try:
+        problem = InverseProblem(
+            m.y, _build_operator(m.operator), _build_noise(m.noise)
+        )
+    except ValueError as error:
+        raise ValueError(f"cannot solve {measurements}: {error}") from error
+    is_ct = m.operator["name"] == "ct"
+    options = _options(sampler, method, set_ or [], steps, tuned=is_ct)
+    loaded = None
+    if demonstration.needs_prior(method):
+        loaded = _load_prior(prior)
+        _check_unit(prior, m.unit)
+    true = _read_truth(truth, m) if truth is not None else None
+    kind = getattr(method, "kind", "steered")
+    each = samples or (8 if kind == "posterior_sample" else 1)
+
+    with _bar(sampler, each * len(m.y), where) as progress:
+        solution = run_solve(
+            problem,
+            loaded,
+            method,
+            samples=each,
+            generator=Generator().manual_seed(seed),
+            device=where,
+            progress=progress,
+            **options,
+        )
+    result = Result.of(sampler, solution, m.unit, true, options)
+    simulated = bool(m.note.get("simulated", False))
+    source = {"file": measurements.name, "sha256": sha256(measurements)}
+    if "image" in m.note:
+        source["simulated from"] = str(m.note["image"])
+    if truth is not None:
+        source |= {"truth": truth.name, "truth's sha256": sha256(truth)}
+    facts = source if loaded is None else source | _prior_facts(read_card(prior)[0])
+    report = Report(
+        title=f"Reconstruction by {sampler}",
+        summary=f"{len(m.y)} slice{'s' if len(m.y) > 1 else ''}, "
+        f"{each} sample{'s' if each > 1 else ''} each. "
+        + (
+            "The measurements were simulated."
+            if simulated
+            else "The measurements are as given; nothing was simulated."
+        ),
+        results=[result],
+        unit=shown_unit(m.unit),
+        truth=true,
+        window=limits,
+        facts={
+            "Measurements": _measured(problem, simulated=simulated),
+            "Data": facts,
+            "Run": _run_facts(seed, where),
+        },
+    )
+    settings = {
+        "command": "solve",
+        "sampler": sampler,
+        "options": {**options},
+        "samples": each,
+        "prior": None if loaded is None else prior,
+        "operator": {
+            k: v for k, v in m.operator.items() if k not in ("angles", "mask")
+        },
+        "noise": m.noise,
+        "simulated": simulated,
+    }
+    with _at_once(out) as folder:
+        _write_image(folder / "mean.nii.gz", result.image, m)
+        if result.std is not None:
+            _write_image(folder / "std.nii.gz", result.std, m, spread=True)
+        if save_samples:
+            stack = shown(solution.samples[:, :, 0], m.unit).cpu().numpy()
+            np.save(folder / "samples.npy", stack)
+        _write_report(folder, report)
+        record = _record(report, settings, seed, where, measurements)
+        _write_json(folder / "result.json", record)
+    typer.echo(table([result]))
+    typer.echo(f"wrote {out}: mean.nii.gz, report.html and what belongs to them")
+
+
+@app.command(epilog="Example: invsolve train configs/ct-headneck-128.toml --out prior")
+def train(
+    config: Annotated[Path, typer.Argument(help="What to train, on what (TOML).")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder.")],
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after so long; run again to go on.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Train a prior on a folder of images.
+
+    Paths in the configuration are relative to $INVSOLVE_DATA, or to the configuration's
+    own folder where that is not set. A second run goes on where the first left off.
+    """
+    from tqdm import tqdm
+
+    from invsolve import training
+
+    where = _device(device)
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes must be > 0, got {minutes}")
+    _check_writable(out / "checkpoint.pt")
+    settings = training.TrainConfig.read(config)
+    home = Path(os.environ.get("INVSOLVE_DATA") or config.resolve().parent)
+    data = settings.data.model_copy(
+        update={
+            "train": home / settings.data.train.expanduser(),
+            "val": home / settings.data.val.expanduser(),
+        }
+    )
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    card = training.train(
+        settings.model_copy(update={"data": data}),
+        out,
+        seed=seed,
+        device=where,
+        progress=lambda steps: tqdm(steps, "train", unit="batch", delay=1, smoothing=0),
+        stop=lambda: time.monotonic() > end,
+    )
+    typer.echo(f"wrote {card}; use it with --prior {card}")
+
+
+@app.command("priors", epilog="Example: invsolve priors ct-headneck-128")
+def list_priors(
+    name: Annotated[
+        str | None, typer.Argument(help="A bundled name, or the path of a card.")
+    ] = None,
+) -> None:
+    """List the bundled priors, or show the card of one."""
+    if name is not None:
+        card, path = read_card(name)
+        typer.echo(
+            json.dumps({"file": str(path), **card}, indent=2, ensure_ascii=False)
+        )
+        return
+    names = priors.available()
+    if not names:
+        typer.echo("no prior is bundled; train one: invsolve train --help")
+    for known in names:
+        card, _ = read_card(known)
+        about = card.get("data", "")
+        typer.echo(f"{known}  unit {card.get('unit') or 'none'}  {about}")
+
+
+@app.command(epilog="Example: invsolve doctor")
+def doctor() -> None:
+    """Tell what this machine can do."""
+    checks: dict[str, Callable[[], str]] = {
+        "invsolve": lambda: versions()["invsolve"],
+        "python": lambda: versions()["python"],
+        "machine": lambda: machine(torch.device("cpu")),
+        "memory": _memory,
+        "torch": lambda: f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "CUDA": _cuda,
+        "ASTRA": _astra,
+        "images": lambda: _extra("nibabel", "skimage", "pydicom"),
+        "reports": lambda: _extra("jinja2", "matplotlib", "skimage"),
+        "deepinv": lambda: _extra("deepinv"),
+        "priors": lambda: ", ".join(priors.available()) or "none bundled",
+        "demo data": lambda: demonstration.bundled(demonstration.SLICES).name,
+    }
+    for name, check in checks.items():
+        try:
+            answer = check()
+        except Exception as error:
+            answer = f"no: {' '.join(str(error).split()) or type(error).__name__}"
+        typer.echo(f"{name:<10}  {answer}")
+
+
+def _memory() -> str:
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return f"{pages * size / 2**30:.1f} GiB"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no"
+    free, total = torch.cuda.mem_get_info()
+    gib = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return f"{torch.cuda.get_device_name()}, {gib}"
+
+
+def _astra() -> str:
+    # In a process of its own, for a broken driver can end the one that asks.
+    ask = "import astra; print(astra.__version__, astra.use_cuda())"
+    answer = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=60
+    )
+    if answer.returncode:
+        return "no: pip install 'invsolve[ct]' (GPL-3; not needed for small images)"
+    number, cuda = answer.stdout.split()[-2:]
+    return f"{number}, with{'' if cuda == 'True' else 'out'} CUDA"
+
+
+def _extra(*modules: str) -> str:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"missing {', '.join(missing)}" if missing else f"yes ({', '.join(modules)})"
+
+
+def _need(*modules: str) -> None:
+    """Refuse at once what would fail for want of a module when all is computed."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {name!r} here: give --device cpu")
+    return device
+
+
+def _lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+    if name in table:
+        return table[name]
+    raise ValueError(f"unknown {what} {name!r}: {_choices(name, table)}")
+
+
+def _choices(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"choose from {', '.join(names)}{hint}"
+
+
+def _options(
+    name: str,
+    sampler: Callable[..., Tensor],
+    given: Sequence[str],
+    steps: int | None,
+    *,
+    tuned: bool,
+) -> dict[str, Any]:
+    """The sampler's options: those the demo has tuned for CT, then the user's."""
+    taken = ("prior", "problem", "generator", "progress", "sigmas")
+    known = {
+        key: parameter.default
+        for key, parameter in inspect.signature(sampler).parameters.items()
+        if key not in taken
+    }
+    options: dict[str, Any] = {}
+    if tuned:
+        for method in demonstration.METHODS:
+            if method.sampler is sampler:
+                options |= method.options
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text}: write it as --set KEY=VALUE")
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}: {_choices(key, known)}")
+        options[key] = _value(key, value, known[key])
+    if steps is not None:
+        if "steps" not in known:
+            raise ValueError(f"{name} takes no --steps: leave it out")
+        options["steps"] = steps
+    if options.get("steps", 1) < 1:
+        raise ValueError(f"steps must be at least 1, got {options['steps']}")
+    return options
+
+
+def _value(key: str, text: str, default: Any) -> Any:
+    """An option's value, of the kind of its default."""
+    try:
+        value = json.loads(text.lower() if text in ("True", "False") else text)
+    except json.JSONDecodeError:
+        value = text
+    match default:
+        case bool():
+            fits, kind = isinstance(value, bool), "true or false"
+        case int():
+            fits, kind = type(value) is int, "a whole number"
+        case float() | None:
+            kind = "a finite number"
+            number: Any = value if type(value) in (int, float) else math.nan
+            fits, value = math.isfinite(number), float(number)
+        case tuple():
+            fits = isinstance(value, list) and len(value) == len(default)
+            fits = fits and all(type(v) in (int, float) for v in value)
+            value, kind = (tuple(value), "") if fits else (value, "a list of numbers")
+        case _:
+            fits, kind = isinstance(value, str), "a word"
+    if not fits:
+        raise ValueError(f"--set {key}={text}: {key} must be {kind}")
+    return value
+
+
+def _window(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"--window {text}: write it as LO,HI, such as -160,240"
+        ) from error
+    if not low < high:
+        raise ValueError(f"--window {text}: the first number must be the smaller")
+    return low, high
+
+
+def _read_image(path: Path, unit: str | None, pixel_mm: float | None) -> io.Image:
+    if unit not in (None, "none", *get_args(io.Unit)):
+        raise ValueError(f"unknown unit {unit!r}: HU, 1/mm or none")
+    image = io.read(path, "" if unit == "none" else unit)  # pyright: ignore
+    if pixel_mm is not None:
+        if not (pixel_mm > 0 and math.isfinite(pixel_mm)):
+            raise ValueError(f"--pixel-mm must be > 0, got {pixel_mm}")
+        affine = image.affine.copy()
+        affine[:, 0] *= pixel_mm / image.spacing[2]
+        affine[:, 1] *= pixel_mm / image.spacing[1]
+        image = io.Image(image.values, affine, image.unit)
+    if image.unit == "1/mm" and image.values.abs().max() > 1:
+        raise ValueError(
+            f"{path} reaches {float(image.values.abs().max()):.4g}, but attenuation is "
+            "far below 1/mm: give --unit HU"
+        )
+    return image
+
+
+def _range(image: io.Image, index: int | None, slices: str | None) -> tuple[int, int]:
+    n = len(image.values)
+    if index is not None and slices is not None:
+        raise ValueError("give --slice or --slices, not both")
+    if index is None and slices is None:
+        start, stop = _middle(image), _middle(image) + 1
+    elif slices is not None:
+        first, colon, last = slices.partition(":")
+        try:
+            start, stop = int(first or 0), int(last or n)
+        except ValueError as error:
+            raise ValueError(f"--slices {slices}: write it as A:B") from error
+        if not colon:
+            raise ValueError(f"--slices {slices}: write it as A:B")
+    else:
+        start = index or 0
+        stop = start + 1
+    if not 0 <= start < stop <= n:
+        raise ValueError(
+            f"the image has slices 0 to {n - 1}, not {start} to {stop - 1}"
+        )
+    return start, stop
+
+
+def _middle(image: io.Image) -> int:
+    return len(image.values) // 2
+
+
+def _to_solve(image: io.Image) -> tuple[Tensor, io.Unit]:
+    """What is measured, (slices, 1, h, w), and its unit: HU becomes attenuation."""
+    if image.unit == "HU":
+        return hu_to_mu(image.values[:, None]), "1/mm"
+    return image.values[:, None], image.unit
+
+
+def _describe(
+    operator: str,
+    image: io.Image,
+    unit: io.Unit,
+    generator: Generator,
+    *,
+    views: int,
+    counts: float,
+    sigma: float | None,
+    keep: float,
+    width: float,
+    factor: int,
+    acceleration: float,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The operator and the noise in words and numbers, as the file will hold them."""
+    h, w = image.values.shape[-2:]
+    shape = [h, w]
+    if operator == "ct":
+        if unit != "1/mm":
+            raise ValueError("ct needs an image of attenuation: give --unit HU or 1/mm")
+        A = ops.ParallelBeam(
+            (h, w), demonstration.even_angles(views), demonstration.square_pixel(image)
+        )
+        described = {
+            "name": "ct",
+            "shape": shape,
+            "angles": A.angles.numpy(),
+            "pixel_mm": A.pixel_mm,
+            "detectors": A.detectors,
+            "detector_mm": A.detector_mm,
+        }
+        return described, {
+            "name": "transmission",
+            "counts": counts,
+            "floor": demonstration.FLOOR,
+        }
+    # σ is given in the image's own unit; for CT that is HU, and solved for is 1/mm.
+    if sigma is None:
+        sigma = 0.02 * MU_WATER if unit == "1/mm" else 0.02
+    elif image.unit == "HU":
+        sigma = sigma * MU_WATER / 1000
+    noise = {"name": "gaussian", "sigma": sigma}
+    match operator:
+        case "inpaint":
+            mask = ops.Mask.random((h, w), keep, generator=generator).mask
+            return {"name": operator, "mask": mask.numpy()}, noise
+        case "mri":
+            mask = ops.Mask.cartesian((h, w), acceleration, generator=generator).mask
+            return {"name": operator, "mask": mask.numpy()}, noise
+        case "blur":
+            return {"name": operator, "shape": shape, "width": width}, noise
+        case _:
+            return {"name": operator, "shape": shape, "factor": factor}, noise
+
+
+def _build_operator(described: Mapping[str, Any]) -> LinearOperator:
+    return _build(OPERATORS, described, "operator")
+
+
+def _build_noise(described: Mapping[str, Any]) -> Noise:
+    return _build(NOISES, described, "noise")
+
+
+def _build(
+    table: Mapping[str, Callable], described: Mapping[str, Any], what: str
+) -> Any:
+    name = described["name"]
+    make = _lookup(table, name, what)
+    try:
+        return make(**{k: v for k, v in described.items() if k != "name"})
+    except TypeError as error:
+        raise ValueError(f"the {what} {name!r} is ill described: {error}") from error
+
+
+def _read_measurements(path: Path, raw: Mapping[str, Any]) -> io.Measurements:
+    if path.suffix != ".npy":
+        for option, value in raw.items():
+            if value is not None:
+                name = "--" + option.replace("_", "-")
+                raise ValueError(f"{name} is for a sinogram (.npy), not for {path}")
+        return io.load_measurements(path)
+    return _sinogram(path, **raw)
+
+
+def _sinogram(
+    path: Path,
+    *,
+    pixel_mm: float | None,
+    size: int | None,
+    detector_mm: float | None,
+    angles: Path | None,
+    sigma: float | None,
+    counts: float | None,
+) -> io.Measurements:
+    """Measurements from a bare array, by what the command line says of it."""
+    array = _load_array(path)
+    if pixel_mm is None or size is None or (sigma is None) == (counts is None):
+        raise ValueError(
+            f"{path} is a bare sinogram: give --pixel-mm, --size, and --sigma or "
+            "--counts"
+        )
+    for name, value in (("--pixel-mm", pixel_mm), ("--detector-mm", detector_mm)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be > 0, got {value}")
+    if array.ndim not in (2, 3):
+        raise ValueError(
+            f"{path} is of shape {array.shape}: a sinogram is (views, detectors) or "
+            "(slices, views, detectors)"
+        )
+    y = torch.from_numpy(array.reshape(-1, 1, *array.shape[-2:]))
+    views, detectors = array.shape[-2:]
+    theta = demonstration.even_angles(views).numpy()
+    if angles is not None:
+        theta = _load_array(angles)
+        if theta.shape != (views,):
+            raise ValueError(
+                f"{angles} is of shape {theta.shape}, but the sinogram has {views} "
+                "views: give one angle for each"
+            )
+    noise: dict[str, Any] = {"name": "gaussian", "sigma": sigma}
+    if counts is not None:
+        floor = demonstration.FLOOR
+        noise = {"name": "transmission", "counts": counts, "floor": floor}
+    operator = {
+        "name": "ct",
+        "shape": [size, size],
+        "angles": theta,
+        "pixel_mm": pixel_mm,
+        "detectors": detectors,
+        "detector_mm": detector_mm or pixel_mm,
+    }
+    affine = np.diag([-pixel_mm, -pixel_mm, 1.0, 1.0])
+    try:
+        return io.Measurements(y, operator, noise, affine, "1/mm", {"simulated": False})
+    except ValueError as error:
+        raise ValueError(f"cannot solve {path}: {error}") from error
+
+
+def _load_array(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: check the name")
+    try:
+        with path.open("rb") as stream:
+            array = np.load(stream, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+            raise ValueError("it is not an array of real numbers")
+    except Exception as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _read_truth(path: Path, m: io.Measurements) -> Tensor:
+    """The true slices in the unit that is shown, those that were measured."""
+    unit = shown_unit(m.unit)
+    image = io.read(path)
+    if unit == "HU" and image.unit == "" and image.values.abs().max() <= 1:
+        image = io.Image(image.values, image.affine, "1/mm")
+    values = shown(image.values, image.unit)
+    if unit == "HU":
+        values = values.clamp_min(-1000)
+    slices, n = m.note.get("slices"), len(m.y)
+    if len(values) != n and isinstance(slices, list) and len(slices) == 2:
+        values = values[int(slices[0]) : int(slices[1])]
+    shape = m.operator.get("shape") or m.operator["mask"].shape[-2:]
+    if tuple(values.shape) != (n, *shape):
+        expected = "×".join(map(str, (n, *shape)))
+        raise ValueError(
+            f"the truth {path} gives {'×'.join(map(str, values.shape))} voxels, the "
+            f"measurements {expected}: give the image they are of"
+        )
+    return values
+
+
+def _load_prior(name: str) -> priors.Prior:
+    _need("diffusers")
+    return priors.load(name)
+
+
+def _check_unit(prior: str, unit: io.Unit) -> None:
+    theirs = read_card(prior)[0].get("unit", "")
+    if theirs != unit:
+        raise ValueError(
+            f"the prior {prior} is of images in {theirs or 'no unit'}, these "
+            f"measurements in {unit or 'no unit'}: give another --prior, or use tv"
+        )
+
+
+@contextmanager
+def _bar(
+    what: str, images: int, device: torch.device
+) -> Iterator[Callable[[Iterable], Iterable]]:
+    """One progress bar on stderr over all passes of a loop, after a second's work."""
+    from tqdm import tqdm
+
+    passes = 1 if device.type == "cuda" else math.ceil(images / 16)
+    with tqdm(desc=what, unit="step", delay=1, leave=False) as bar:
+
+        def progress(loop: Iterable) -> Iterator[Any]:
+            steps = list(loop)
+            bar.total = passes * len(steps)
+            for step in steps:
+                yield step
+                bar.update()
+
+        yield progress
+
+
+def _check_folder(out: Path, *, force: bool) -> None:
+    """Refuse now what could not be written, or what would be overwritten, later."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give -o the name of a folder")
+    if not force and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: give another folder, or --force")
+    _check_writable(out / "report.html")
+
+
+def _check_writable(path: Path) -> None:
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: {parent} is not a folder to write in")
+
+
+OUTPUTS = (
+    "mean.nii.gz",
+    "std.nii.gz",
+    "samples.npy",
+    "report.png",
+    "report.html",
+    "result.json",
+)
+
+
+@contextmanager
+def _at_once(out: Path) -> Iterator[Path]:
+    """A folder to write in, whose files go to ``out`` when all of them are whole."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.{os.getpid()}.part"
+    partial.mkdir()
+    try:
+        yield partial
+        if not out.exists():
+            partial.rename(out)
+            return
+        written = {file.name for file in partial.iterdir()}
+        for file in partial.iterdir():
+            file.replace(out / file.name)
+        for stale in set(OUTPUTS) - written:
+            (out / stale).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_image(
+    path: Path, values: Tensor, m: io.Measurements, *, spread: bool = False
+) -> None:
+    unit = "" if spread else shown_unit(m.unit)
+    io.write(path, io.Image(values.float().cpu(), m.affine, unit))
+
+
+def _write_report(folder: Path, report: Report) -> None:
+    save_figure(folder / "report.png", report)
+    save_page(folder / "report.html", report)
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    io.replace(path, lambda p: Path(p).write_text(text, encoding="utf-8"))
+
+
+def _record(
+    report: Report,
+    settings: Mapping[str, Any],
+    seed: int,
+    device: torch.device,
+    source: Path,
+) -> dict[str, Any]:
+    """What a script wants to know of a run."""
+    from dataclasses import asdict
+
+    def result(r: Result) -> dict[str, Any]:
+        metrics = {}
+        if r.psnr is not None and r.ssim is not None:
+            # JSON has no infinity, which is what a perfect image scores.
+            db = [v if math.isfinite(v) else None for v in r.psnr.tolist()]
+            metrics = {"psnr_db": db, "ssim": r.ssim.tolist()}
+        return {
+            "method": r.name,
+            "kind": r.kind,
+            "samples": r.samples,
+            "options": dict(r.settings),
+            "metrics": metrics,
+            "stats": asdict(r.stats),
+        }
+
+    return {
+        "settings": dict(settings),
+        "seed": seed,
+        "unit": report.unit,
+        "results": [result(r) for r in report.results],
+        "input": {"name": source.name, "sha256": sha256(source)},
+        "versions": versions(),
+        "device": str(device),
+        "machine": machine(device),
+    }
+
+
+def _measured(problem: InverseProblem, *, simulated: bool) -> dict[str, str]:
+    A, noise = problem.operator, problem.noise
+    facts = {"operator": type(A).__name__}
+    if isinstance(A, ops.ParallelBeam):
+        degrees = math.degrees(float(A.angles.max() - A.angles.min()))
+        facts = {
+            "operator": f"parallel beam, {len(A.angles)} views over "
+            f"{degrees * len(A.angles) / max(1, len(A.angles) - 1):.0f}°",
+            "detector": f"{A.detectors} elements of {A.detector_mm:.3g} mm",
+            "image": f"{A.shape[1]}×{A.shape[0]} pixels of {A.pixel_mm:.3g} mm",
+        }
+    facts["noise"] = str(noise)
+    if isinstance(noise, ops.TransmissionNoise):
+        facts["noise"] = f"Poisson, {noise.counts:,.0f} photons through air"
+        if noise.floor:
+            facts["noise"] += f"; the model itself is taken to err by {noise.floor:g}"
+    if isinstance(noise, ops.GaussianNoise):
+        facts["noise"] = f"Gaussian, σ = {noise.sigma:.3g}"
+    facts["simulated"] = "yes" if simulated else "no"
+    if simulated and isinstance(A, ops.ParallelBeam):
+        facts["simulated"] = f"yes, on pixels and rays {FACTOR} times finer than solved"
+    return facts
+
+
+def _say_noise(noise: Mapping[str, Any]) -> str:
+    return ", ".join(v if k == "name" else f"{k} {v:g}" for k, v in noise.items())
+
+
+def _prior_facts(card: Mapping[str, Any]) -> dict[str, str]:
+    facts = {"prior": str(card.get("name", "?"))}
+    named = {
+        "data": "prior's data",
+        "licence": "prior's licence",
+        "citation": "prior's citation",
+    }
+    return facts | {
+        text: str(card[key]) for key, text in named.items() if card.get(key)
+    }
+
+
+def _run_facts(seed: int, device: torch.device) -> dict[str, str]:
+    found = versions()
+    return {
+        "seed": str(seed),
+        "machine": machine(device),
+        "versions": ", ".join(f"{name} {number}" for name, number in found.items()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,447 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from invsolve import demo, io
+from invsolve.cli import NOISES, OPERATORS, SAMPLERS, main
+from invsolve.priors import AffineMap, UNet, UNetConfig
+from invsolve.priors.weights import card_of
+from invsolve.units import MU_WATER
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    """Three slices of 32×32 in HU: a body of water with bone and air in it."""
+    hu = torch.full((3, 32, 32), -1000.0)
+    hu[:, 5:28, 7:26] = 0.0
+    hu[:, 10:14, 12:18] = 800.0
+    hu[:, 18:24, 15:20] = -900.0
+    hu[1:, 20:22, 9:12] = 200.0
+    affine = np.diag([-8.0, -8.0, 3.0, 1.0])
+    affine[:3, 3] = (120.0, 110.0, -40.0)
+    path = tmp_path_factory.mktemp("image") / "phantom.nii.gz"
+    io.write(path, io.Image(hu, affine, "HU"))
+    return path
+
+
+def make_prior(folder, name, unit):
+    config = UNetConfig(widths=(8, 16), groups=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = UNet(config)
+    scale = MU_WATER if unit else 1.0
+    map = AffineMap(scale, 0.0)
+    card = card_of(name, config, sigma_data=0.5, map=map, unit=unit, training={})
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / name)
+    (folder / name).rename(folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(card))
+    return folder / f"{name}.json"
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
+    return make_prior(tmp_path_factory.mktemp("prior"), "tiny", "1/mm")
+
+
+@pytest.fixture(scope="module")
+def measured(phantom, tmp_path_factory):
+    path = tmp_path_factory.mktemp("measured") / "y.npz"
+    run("simulate", phantom, "-o", path, "--views", 12, "--slices", "0:2")
+    return path
+
+
+def run(*words):
+    assert main([str(word) for word in (*words,)]) == 0
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Runs what must fail; gives the one line, and sees that nothing was written."""
+
+    def listing():
+        return sorted(
+            (p, p.is_file() and p.stat().st_size) for p in tmp_path.rglob("*")
+        )
+
+    def check(*words, code=2):
+        before = listing()
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1 and err[-1] == "\n"
+        assert listing() == before
+        return err
+
+    return check
+
+
+def test_simulate_and_solve(measured, phantom, prior, tmp_path, capsys):
+    out = tmp_path / "deep" / "out"
+    run(
+        *("solve", measured, "-o", out, "--prior", prior, "--sampler", "dds"),
+        *("--steps", 3, "--samples", 2, "--set", "cg_steps=2", "--truth", phantom),
+        *("--save-samples", "--seed", 3),
+    )
+    assert sorted(file.name for file in out.iterdir()) == [
+        "mean.nii.gz",
+        "report.html",
+        "report.png",
+        "result.json",
+        "samples.npy",
+        "std.nii.gz",
+    ]
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert "PSNR" in capsys.readouterr().out
+
+    mean, truth = io.read(out / "mean.nii.gz"), io.read(phantom)
+    np.testing.assert_allclose(mean.affine, truth.affine, atol=1e-4)
+    assert mean.values.shape == (2, 32, 32) and mean.unit == "HU"
+    samples = torch.from_numpy(np.load(out / "samples.npy"))
+    torch.testing.assert_close(samples.mean(0), mean.values, atol=0.1, rtol=1e-4)
+    std = io.read(out / "std.nii.gz").values
+    torch.testing.assert_close(samples.std(0), std, atol=0.1, rtol=1e-3)
+
+    record = json.loads((out / "result.json").read_text())
+    (result,) = record["results"]
+    assert record["seed"] == 3 and record["unit"] == "HU"
+    assert record["settings"]["options"] == {"steps": 3, "cg_steps": 2}
+    assert result["kind"] == "posterior_sample" and len(result["metrics"]["ssim"]) == 2
+    assert result["stats"]["network_forwards"] == 2 * 2 * 3
+    assert len(record["input"]["sha256"]) == 64 and record["versions"]["torch"]
+
+
+def test_the_same_seed_gives_the_same(measured, phantom, prior, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("simulate", phantom, "-o", tmp_path / f"{name}.npz", "--seed", seed)
+        run(
+            *("solve", measured, "-o", tmp_path / name, "--prior", prior, "--steps", 2),
+            *("--samples", 1, "--seed", seed),
+        )
+    ys = [io.load_measurements(tmp_path / f"{n}.npz").y for n in "abc"]
+    xs = [io.read(tmp_path / n / "mean.nii.gz").values for n in "abc"]
+    for a, b, c in (ys, xs):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_point_estimate_has_no_standard_deviation(measured, tmp_path):
+    out = tmp_path / "out"
+    run("solve", measured, "-o", out, "--sampler", "tv", "--steps", 5)
+    assert not (out / "std.nii.gz").exists()
+    assert "point estimate" in (out / "report.html").read_text()
+
+
+def test_force_leaves_nothing_of_the_last_run(measured, prior, tmp_path):
+    out = tmp_path / "out"
+    run(
+        *("solve", measured, "-o", out, "--prior", prior, "--steps", 1),
+        *("--samples", 2, "--save-samples"),
+    )
+    (out / "notes.txt").write_text("mine")
+    run("solve", measured, "-o", out, "--sampler", "fbp", "--force")
+    names = sorted(file.name for file in out.iterdir())
+    expected = ["mean.nii.gz", "notes.txt", "report.html", "report.png", "result.json"]
+    assert names == expected
+
+
+def test_fbp_of_many_views_is_the_image(phantom, tmp_path):
+    y, out = tmp_path / "y.npz", tmp_path / "out"
+    run("simulate", phantom, "-o", y, "--views", 180, "--counts", 1e7, "--slice", 1)
+    run(
+        *("solve", y, "-o", out, "--sampler", "fbp", "--set", "window=ram-lak"),
+        *("--truth", phantom),
+    )
+    metrics = json.loads((out / "result.json").read_text())["results"][0]["metrics"]
+    assert metrics["psnr_db"][0] > 20
+    affine = io.read(phantom).slices(1, 2).affine
+    np.testing.assert_allclose(io.read(out / "mean.nii.gz").affine, affine, atol=1e-4)
+
+
+def test_a_bare_sinogram(measured, tmp_path):
+    m = io.load_measurements(measured)
+    np.save(tmp_path / "sino.npy", m.y[:, 0].double().numpy())
+    np.save(tmp_path / "angles.npy", m.operator["angles"])
+    given = ("--pixel-mm", 8, "--size", 32, "--counts", 1e5, "--sampler", "fbp")
+    run("solve", measured, "-o", tmp_path / "a", "--sampler", "fbp")
+    run("solve", tmp_path / "sino.npy", "-o", tmp_path / "b", *given)
+    run(
+        *("solve", tmp_path / "sino.npy", "-o", tmp_path / "c", *given),
+        *("--angles", tmp_path / "angles.npy"),
+    )
+    a, b, c = (io.read(tmp_path / n / "mean.nii.gz").values for n in "abc")
+    torch.testing.assert_close(a, b, atol=0.05, rtol=1e-4)
+    torch.testing.assert_close(a, c, atol=0.05, rtol=1e-4)
+
+
+@pytest.mark.parametrize("operator", ["inpaint", "blur", "superres", "mri"])
+def test_the_other_operators(operator, tmp_path, phantom):
+    picture = (io.read(phantom).values[1] + 1000) / 1800
+    np.save(tmp_path / "x.npy", picture.numpy())
+    prior = make_prior(tmp_path, "grey", "")
+    y, out = tmp_path / "y.npz", tmp_path / "out"
+    run("simulate", tmp_path / "x.npy", "-o", y, "--operator", operator)
+    run(
+        *("solve", y, "-o", out, "--prior", prior, "--steps", 2, "--samples", 2),
+        *("--truth", tmp_path / "x.npy", "--window", "0,1"),
+    )
+    record = json.loads((out / "result.json").read_text())
+    assert record["unit"] == "" and record["settings"]["operator"]["name"] == operator
+    assert io.read(out / "mean.nii.gz").values.shape == (1, 32, 32)
+
+
+def test_the_demo(phantom, prior, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "bundled", lambda name: phantom)
+    monkeypatch.setattr(
+        demo,
+        "METHODS",
+        tuple(
+            demo.Method(
+                m.name,
+                m.sampler,
+                {**m.options, "steps": 3} if m.name != "FBP" else m.options,
+                min(m.samples, 2),
+            )
+            for m in demo.METHODS
+        ),
+    )
+    out = tmp_path / "demo"
+    for _ in range(2):  # a second run may write over the first
+        run("demo", "--quick", "-o", out, "--prior", prior)
+    lines = capsys.readouterr().out.split("\n")
+    assert [line.split()[0] for line in lines[1:5]] == [m.name for m in demo.METHODS]
+    names = sorted(file.name for file in out.iterdir())
+    assert names == ["report.html", "report.png", "result.json"]
+
+
+def test_train(phantom, tmp_path, monkeypatch):
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        'name = "tiny"\n'
+        f'[data]\ntrain = "."\nval = "."\npattern = "{phantom.name}"\n'
+        'unit = "HU"\nscale = 0.0193\nshift = 1\n'
+        "[network]\nwidths = [8, 16]\ngroups = 4\n"
+        "[optimisation]\nimages = 8\nbatch = 4\nbf16 = false\n"
+    )
+    monkeypatch.setenv("INVSOLVE_DATA", str(phantom.parent))
+    run("train", config, "--out", tmp_path / "prior", "--minutes", 1)
+    assert (tmp_path / "prior" / "tiny.safetensors").is_file()
+    run("priors", tmp_path / "prior" / "tiny.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["simulate", "none.nii.gz", "-o", "y.npz"], "there is no file none.nii.gz"),
+        (["simulate", "PHANTOM", "-o", "y.txt"], "must end in .npz"),
+        (["simulate", "PHANTOM", "-o", "/dev/null/y.npz"], "cannot write"),
+        (["simulate", "PHANTOM"], "option '-o'"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--slice", "3"], "slices 0 to 2"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--slices", "2:2"], "slices 0 to 2"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--slices", "b"], "as A:B"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--counts", "-5"], "counts must be"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--views", "0"], "--views"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--unit", "hu"], "unknown unit"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--unit", "none"], "needs an image of"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--unit", "1/mm"], "give --unit HU"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--pixel-mm", "-1"], "--pixel-mm"),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--operator", "cct"], "mean ct?"),
+        (
+            [
+                "simulate",
+                "PHANTOM",
+                "-o",
+                "y.npz",
+                "--operator",
+                "blur",
+                "--sigma",
+                "-1",
+            ],
+            "sigma must be > 0",
+        ),
+        (
+            [
+                "simulate",
+                "PHANTOM",
+                "-o",
+                "y.npz",
+                "--operator",
+                "inpaint",
+                "--keep",
+                "2",
+            ],
+            "keep is a fraction",
+        ),
+        (["simulate", "PHANTOM", "-o", "y.npz", "--device", "tpu"], "unknown device"),
+        (["solve", "none.npz", "-o", "out"], "there is no file"),
+        (["solve", "Y", "-o", "out", "--prior", "ct-headnek"], "unknown prior"),
+        (["solve", "Y", "-o", "out", "--sampler", "redif"], "did you mean reddiff?"),
+        (["solve", "Y", "-o", "out", "--set", "step=3"], "did you mean steps?"),
+        (["solve", "Y", "-o", "out", "--set", "steps"], "KEY=VALUE"),
+        (["solve", "Y", "-o", "out", "--set", "steps=many"], "a whole number"),
+        (["solve", "Y", "-o", "out", "--set", "eta=NaN"], "a finite number"),
+        (["solve", "Y", "-o", "out", "--set", "steps=0"], "at least 1"),
+        (["solve", "Y", "-o", "out", "--steps", "0"], "--steps"),
+        (["solve", "Y", "-o", "out", "--samples", "-1"], "--samples"),
+        (["solve", "Y", "-o", "out", "--sampler", "fbp", "--steps", "3"], "no --steps"),
+        (["solve", "Y", "-o", "out", "--window", "5"], "LO,HI"),
+        (["solve", "Y", "-o", "out", "--window", "240,-160"], "the smaller"),
+        (["solve", "Y", "-o", "out", "--pixel-mm", "3"], "is for a sinogram"),
+        (["solve", "Y", "-o", "out", "--truth", "none.nii.gz"], "there is no file"),
+        (["solve", "Y", "-o", "out", "--seed", "-1"], "--seed"),
+        (["solve", "Y", "-o", "PHANTOM"], "is a file"),
+        (["solve", "Y", "-o", "FULL"], "is not empty"),
+        (["solve", "Y", "-o", "out", "--smplr", "dds"], "No such option"),
+        (["train", "none.toml", "--out", "out"], "cannot read none.toml"),
+        (["train", "none.toml", "--out", "out", "--minutes", "0"], "--minutes"),
+        (["priors", "nothing"], "unknown prior"),
+        (["sove"], "No such command 'sove'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words, said, refused, phantom, measured, prior, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").touch()
+    stand = {"PHANTOM": phantom, "Y": measured, "FULL": tmp_path / "full"}
+    given = [str(stand.get(word, word)) for word in words]
+    if words[0] == "solve" and "--prior" not in words:
+        given += ["--prior", str(prior)]
+    assert said in refused(*given)
+
+
+def test_bad_files_are_one_line(refused, measured, prior, phantom, tmp_path):
+    out = tmp_path / "out"
+
+    def solve(file, *more):
+        return refused("solve", file, "-o", out, "--prior", prior, *more)
+
+    short = tmp_path / "short.npz"
+    short.write_bytes(measured.read_bytes()[:-500])
+    assert "it is damaged" in solve(short)
+
+    with np.load(measured) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    for name, changed, said in (
+        ("nan", {"y": np.where(arrays["y"] > 1, np.nan, arrays["y"])}, "are NaN"),
+        ("shape", {"y": arrays["y"][..., :-1]}, "expects measurements of shape"),
+        ("degrees", {"angles": np.degrees(arrays["angles"])}, "torch.deg2rad"),
+        (
+            "noise",
+            {"meta": with_noise(arrays, {"name": "gaussian", "sigma": -1.0})},
+            "sigma must be > 0",
+        ),
+        (
+            "noises",
+            {"meta": with_noise(arrays, {"name": "transmision", "counts": 1e5})},
+            "did you mean transmission?",
+        ),
+        ("lacks", {"meta": with_noise(arrays, {"name": "gaussian"})}, "ill described"),
+    ):
+        file = tmp_path / f"{name}.npz"
+        np.savez(file, **{**arrays, **changed})
+        assert said in solve(file)
+
+    other = tmp_path / "truth.npy"
+    np.save(other, np.zeros((2, 16, 16), dtype=np.float32))
+    assert "the measurements 2×32×32" in solve(measured, "--truth", other)
+    grey = make_prior(tmp_path, "grey", "")
+    error = refused("solve", measured, "-o", out, "--prior", grey)
+    assert "the prior" in error and "no unit" in error
+    grey.with_suffix(".safetensors").write_bytes(b"no weights")
+    assert "cannot load the prior" in refused(
+        "solve", measured, "-o", out, "--prior", grey
+    )
+
+    flat = io.read(phantom)
+    affine = np.diag([-8.0, -9.0, 3.0, 1.0])
+    io.write(tmp_path / "oblong.nii.gz", io.Image(flat.values, affine, "HU"))
+    oblong = ("simulate", tmp_path / "oblong.nii.gz", "-o", tmp_path / "z.npz")
+    assert "must be square" in refused(*oblong)
+
+
+def with_noise(arrays, noise):
+    return np.asarray(json.dumps(json.loads(str(arrays["meta"])) | {"noise": noise}))
+
+
+def test_bad_sinograms_are_one_line(refused, tmp_path):
+    out, sino = tmp_path / "out", tmp_path / "sino.npy"
+    given = ("--pixel-mm", 8, "--size", 32, "--sampler", "fbp")
+    np.save(sino, np.ones((6, 46)))
+    assert "--sigma or --counts" in refused("solve", sino, "-o", out, *given)
+    noisy = (*given, "--sigma", 0.1)
+    both = (*noisy, "--counts", 1e5)
+    assert "--sigma or --counts" in refused("solve", sino, "-o", out, *both)
+    negative = (*given, "--sigma", -0.1)
+    assert "sigma must be > 0" in refused("solve", sino, "-o", out, *negative)
+    degrees = tmp_path / "degrees.npy"
+    np.save(degrees, np.arange(0, 180, 30.0))
+    wrong = ("--angles", degrees)
+    assert "torch.deg2rad" in refused("solve", sino, "-o", out, *noisy, *wrong)
+    np.save(degrees, np.zeros(7))
+    assert "one angle for each" in refused("solve", sino, "-o", out, *noisy, *wrong)
+    np.save(sino, np.full((6, 46), np.inf))
+    assert "NaN or infinite" in refused("solve", sino, "-o", out, *noisy)
+    np.save(sino, np.zeros(46))
+    assert "(views, detectors)" in refused("solve", sino, "-o", out, *noisy)
+    sino.write_bytes(b"\x93NUMPY")
+    assert f"cannot read {sino}" in refused("solve", sino, "-o", out, *noisy)
+
+
+def test_a_fault_while_writing_leaves_nothing(refused, measured, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr("invsolve.cli.save_page", fail)
+    words = ("solve", measured, "-o", tmp_path / "out", "--sampler", "fbp")
+    assert "report.html: No space left" in refused(*words)
+
+
+def test_a_missing_extra_is_named(refused, measured, tmp_path, monkeypatch):
+    monkeypatch.setattr("invsolve.cli.importlib.util.find_spec", lambda name: None)
+    words = ("solve", measured, "-o", tmp_path / "out", "--sampler", "fbp")
+    assert "pip install 'invsolve[io]'" in refused(*words)
+
+
+def test_a_fault_of_the_program_is_told_apart(refused, monkeypatch):
+    monkeypatch.setattr("invsolve.cli.priors.available", lambda: 1 / 0)
+    assert "ZeroDivisionError" in refused("priors", code=1)
+    with pytest.raises(ZeroDivisionError):
+        main(["priors", "--debug"])
+
+
+def test_every_command_shows_an_example(capsys):
+    for command in ("demo", "simulate", "solve", "train", "priors", "doctor"):
+        assert main([command, "--help"]) == 0
+        assert f"Example: invsolve {command}" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("invsolve ")
+
+
+def test_the_doctor_never_fails(capsys, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("broken\ndriver")
+
+    monkeypatch.setattr("invsolve.cli.subprocess.run", fail)
+    monkeypatch.setattr("torch.cuda.is_available", fail)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "CUDA        no: broken driver" in out and "python" in out
+
+
+def test_the_names_are_the_documented_ones():
+    assert set(SAMPLERS) == {"reddiff", "dds", "diffpir", "dps", "tv", "fbp"}
+    assert set(OPERATORS) == {"ct", "inpaint", "blur", "superres", "mri"}
+    assert set(NOISES) == {"gaussian", "poisson", "transmission"}
+
+
+def test_as_a_program(tmp_path):
+    words = [sys.executable, "-m", "invsolve.cli", "solve", "none.npz", "-o", "out"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,385 @@
+"""Training: the loss in closed form, runs that can be cut, and what they leave."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from invsolve import io, priors
+from invsolve.io import Image
+from invsolve.priors import Affine, EDMPrior
+from invsolve.training import (
+    Data,
+    Optimisation,
+    Plan,
+    TrainConfig,
+    _batch,
+    _warm_ema,
+    edm_loss,
+    load_slices,
+    train,
+)
+from invsolve.units import MU_WATER
+
+# --- the loss
+
+SIGMA_DATA, MEAN, VARIANCE = 0.5, 0.3, 0.09
+
+
+def optimisation(**options: Any) -> Optimisation:
+    return Optimisation.model_validate(options)
+
+
+OPT = optimisation(sigma_data=SIGMA_DATA, bf16=False)
+
+
+def ideal(u: Tensor, c_noise: Tensor) -> Tensor:
+    """F = (D − c_skip x)/c_out, for pixels x₀ ~ N(m, v): D = m + v/(v + σ²)(x − m)."""
+    sigma = (4 * c_noise).exp().reshape(-1, 1, 1, 1)
+    total = (sigma**2 + SIGMA_DATA**2).sqrt()
+    x = u * total
+    D = MEAN + VARIANCE / (VARIANCE + sigma**2) * (x - MEAN)
+    return (D - SIGMA_DATA**2 / total**2 * x) / (sigma * SIGMA_DATA / total)
+
+
+def losses(net: Callable[[Tensor, Tensor], Tensor], opt: Optimisation) -> Tensor:
+    """Independent estimates of the loss on Gaussian data."""
+    g, values = Generator().manual_seed(0), []
+    for _ in range(40):
+        noise = torch.randn(32, 1, 16, 16, generator=g)
+        values.append(edm_loss(net, MEAN + VARIANCE**0.5 * noise, opt, g))
+    return torch.stack(values)
+
+
+def within_five_errors(values: Tensor, expected: float) -> bool:
+    error = 5 * float(values.std()) / math.sqrt(len(values))
+    return abs(float(values.mean()) - expected) <= error
+
+
+@pytest.mark.parametrize("log_sigma", [(-1.4, 1.4), (0.5, 0.6)])
+def test_the_ideal_network_has_the_least_loss(log_sigma: tuple[float, float]) -> None:
+    """E over ln σ ~ N(P_mean, P_std²) of v (σ² + σ_d²)/(σ_d² (v + σ²))."""
+    mean, std = log_sigma
+    opt = OPT.model_copy(update={"log_sigma_mean": mean, "log_sigma_std": std})
+    z = np.linspace(-6, 6, 4001)
+    weight = np.exp(-(z**2) / 2)
+    s2 = np.exp(2 * (mean + std * z))
+    integrand = VARIANCE * (s2 + SIGMA_DATA**2) / SIGMA_DATA**2 / (VARIANCE + s2)
+    least = float((weight * integrand).sum() / weight.sum())
+    assert within_five_errors(losses(ideal, opt), least)
+    for scale in (0.9, 1.1):
+        assert losses(lambda u, c, k=scale: k * ideal(u, c), opt).mean() > least * 1.002
+
+
+def test_the_ideal_network_has_no_gradient() -> None:
+    """In a factor on it, at 1; beside it there is one, that points back."""
+
+    def gradients(at: float) -> Tensor:
+        scale = torch.ones(40, requires_grad=True)
+        uses = iter(scale)
+        values = losses(lambda u, c: at * next(uses) * ideal(u, c), OPT)
+        (gradient,) = torch.autograd.grad(values.sum(), scale)
+        return gradient
+
+    assert within_five_errors(gradients(1.0), 0.0)
+    assert gradients(0.8).mean() < -0.01
+    assert gradients(1.2).mean() > 0.01
+
+
+def test_unit_data_and_no_network_lose_one() -> None:
+    """With v = σ_d² and m = 0 the target has unit variance at every level."""
+    g = Generator().manual_seed(0)
+    x0 = SIGMA_DATA * torch.randn(256, 1, 16, 16, generator=g)
+    loss = edm_loss(lambda u, c: torch.zeros_like(u), x0, OPT, g)
+    assert float(loss) == pytest.approx(1.0, abs=5 * math.sqrt(2 / x0.numel()))
+
+
+def test_the_network_sees_unit_images_and_its_level() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def net(u: Tensor, c_noise: Tensor) -> Tensor:
+        seen.append((u, c_noise))
+        return torch.zeros_like(u)
+
+    g = Generator().manual_seed(0)
+    x0 = SIGMA_DATA * torch.randn(64, 1, 32, 32, generator=g)
+    edm_loss(net, x0, OPT, g)
+    ((u, c_noise),) = seen
+    torch.testing.assert_close(u.std((1, 2, 3)), torch.ones(64), rtol=0, atol=0.12)
+    # One level in each of 64 equally likely strata, lowest first.
+    quantile = torch.distributions.Normal(-1.4, 1.4).cdf(4 * c_noise)
+    assert torch.equal((64 * quantile).floor(), torch.arange(64.0))
+
+
+# --- the plan
+
+
+def test_the_plan_warms_up_and_falls_to_nothing() -> None:
+    plan = Plan(optimisation(images=800, batch=8, warmup=10, decay=0.5), 0.0)
+    assert plan.steps == 100
+    assert plan.seen(plan.steps) == 800
+    rates = [plan.rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:51] == [1.0] * 42
+    assert rates[75] == pytest.approx(0.5)
+    assert rates[100] == 0
+
+
+def test_crops_count_by_their_area() -> None:
+    opt = optimisation(images=800, batch=8, crop_batch=16, crop_part=0.5)
+    plan = Plan(opt, 0.25)
+    assert plan.crop_steps == 100  # of 16/4 images' area each
+    assert plan.steps == 100 + 50
+    assert plan.seen(100) == 400 and plan.seen(150) == 800
+
+
+# --- the data
+
+
+def volume(seed: int, n: int = 4) -> Tensor:
+    """Slices with a bright block well inside, and noise on it."""
+    g = Generator().manual_seed(seed)
+    x = torch.zeros(n, 16, 16)
+    x[:, 5:11, 4:10] = 0.5 + 0.5 * torch.rand(n, 6, 6, generator=g)
+    return x
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    for part in ("train", "val"):
+        folder = tmp_path / part
+        folder.mkdir()
+        np.save(folder / "a.npy", volume(1).numpy())
+        np.save(folder / "b.npy", volume(2).numpy())
+    return folders(tmp_path / "train", tmp_path / "val", pattern="*.npy", shift=2)
+
+
+def folders(train: Path, val: Path, **options: Any) -> Data:
+    return Data.model_validate({"train": train, "val": val, **options})
+
+
+def test_slices_are_all_of_every_volume_but_the_empty(data: Data) -> None:
+    empty = torch.zeros(3, 16, 16)
+    np.save(data.train / "c.npy", torch.cat([empty, volume(3)]).numpy())
+    expected = torch.cat([volume(k) for k in (1, 2, 3)])[:, None].half()
+    assert torch.equal(load_slices(data.train, data), expected)
+
+
+def test_hounsfield_units_become_the_prior_s_range(tmp_path: Path) -> None:
+    hu = torch.full((2, 8, 8), -1000.0)
+    hu[:, 2:6, 2:6] = 500.0
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    io.write(tmp_path / "a.nii.gz", Image(hu, affine, "HU"))
+    data = folders(tmp_path, tmp_path, unit="HU", scale=MU_WATER)
+    expected = (hu / 1000 + 1)[:, None].half()
+    torch.testing.assert_close(load_slices(tmp_path, data), expected)
+
+
+def test_folders_without_images_are_refused(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no file matches"):
+        load_slices(tmp_path, data)
+    np.save(tmp_path / "dark.npy", np.zeros((2, 16, 16)))
+    with pytest.raises(ValueError, match="is background"):
+        load_slices(tmp_path, data)
+
+
+def batch(
+    data: Data, n: int = 64, crop: int = 0, **changes: Any
+) -> tuple[Tensor, Tensor]:
+    """The images, and a batch of them under changed options."""
+    images = load_slices(data.train, data)
+    changed = data.model_copy(update=changes)
+    return images.float(), _batch(images, changed, n, crop, Generator().manual_seed(0))
+
+
+def test_a_batch_is_of_the_images(data: Data) -> None:
+    images, x = batch(data, shift=0, flip=False)
+    same = (x[:, None] == images[None]).flatten(2).all(2)
+    assert (same.sum(1) == 1).all()
+    assert same.any(0).all()  # each is drawn at times
+
+
+def test_mirroring_is_left_to_right(data: Data) -> None:
+    images, x = batch(data, shift=0, flip=True)
+    both = torch.stack([images, images.flip(-1)])
+    same = (x[:, None, None] == both[None]).flatten(3).all(3)
+    assert (same.sum((1, 2)) == 1).all()
+    assert 16 < int(same[:, 1].sum()) < 48
+
+
+def test_shifts_move_what_is_there(data: Data) -> None:
+    images, x = batch(data, n=200, shift=2, flip=False)
+    totals = images.sum((1, 2, 3))
+    error = (x.sum((1, 2, 3))[:, None] - totals).abs().min(1).values
+    assert (error < 1e-4).all()
+    tops = (x > 0).any(-1).float().argmax(-1).flatten()
+    lefts = (x > 0).any(-2).float().argmax(-1).flatten()
+    assert tops.unique().tolist() == [3, 4, 5, 6, 7]
+    assert lefts.unique().tolist() == [2, 3, 4, 5, 6]
+
+
+def test_crops_are_around_the_foreground(data: Data) -> None:
+    images, x = batch(data, crop=8, flip=False)
+    assert x.shape == (64, 1, 8, 8)
+    windows = images.unfold(2, 8, 1).unfold(3, 8, 1).reshape(-1, 1, 8, 8)
+    assert (x[:, None] == windows[None]).flatten(2).all(2).any(1).all()
+    assert (x > 0.25).flatten(1).any(1).all()
+
+
+def test_the_average_forgets_its_first_steps() -> None:
+    average = _warm_ema(0.99)
+    mean, new = torch.tensor(1.0), torch.tensor(3.0)
+    for n, decay in ((0, 0.1), (8, 0.5), (10**6, 0.99)):
+        expected = decay * mean + (1 - decay) * new
+        torch.testing.assert_close(average(mean, new, n), expected)
+
+
+# --- whole runs
+
+
+@pytest.fixture
+def config(data: Data) -> TrainConfig:
+    return TrainConfig(
+        name="tiny",
+        data=data.model_copy(update={"scale": 0.5, "offset": 0.25}),
+        network={"widths": [8, 16], "groups": 4},
+        optimisation=optimisation(images=32, batch=4, warmup=3, lr=1e-3, bf16=False),
+        card={"licence": "CC0"},
+    )
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """A clock that says stop after so many steps."""
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) >= steps
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    return {**state["net"], **{f"ema.{k}": v for k, v in state["ema"].items()}}
+
+
+def test_a_run_leaves_a_prior_that_loads(config: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    before = torch.get_rng_state()
+    path = train(config, out, seed=0, checkpoint_every=16)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint.pt",
+        "losses.csv",
+        "tiny.json",
+        "tiny.safetensors",
+    ]
+    prior = priors.load(path)
+    assert isinstance(prior, Affine) and isinstance(prior.inner, EDMPrior)
+    assert (prior.map.scale, prior.map.offset) == (0.5, 0.25)
+    assert prior.inner.sigma_data == config.optimisation.sigma_data
+    assert prior.denoise(torch.zeros(1, 1, 16, 16), torch.tensor(0.1)).isfinite().all()
+    card = json.loads(path.read_text())
+    assert (card["licence"], card["training"]["images_seen"]) == ("CC0", 32)
+    with (out / "losses.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["images", "loss", "psnr_at_0.05", "psnr_at_0.2", "psnr_at_0.8"]
+    assert [float(row[0]) for row in rows] == [16, 32]
+    assert all(math.isfinite(float(value)) for row in rows for value in row)
+
+
+def test_the_exported_weights_are_the_averaged(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    train(config, tmp_path / "out", seed=0)
+    exported = load_file(tmp_path / "out" / "tiny.safetensors")
+    state = weights(tmp_path / "out")
+    for name, value in exported.items():
+        assert torch.equal(value, state[f"ema.module.{name}"].half())
+    assert any(not torch.equal(exported[k], state[k].half()) for k in exported)
+
+
+def test_eight_steps_are_four_and_four(config: TrainConfig, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(config, whole, seed=0, checkpoint_every=16)
+    train(config, cut, seed=0, checkpoint_every=16, stop=after(4))
+    halfway = weights(cut)
+    train(config, cut, seed=0, checkpoint_every=16)
+    expected, got = weights(whole), weights(cut)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6)
+    assert any(not torch.equal(halfway[k], v) for k, v in got.items())
+    assert (whole / "losses.csv").read_text() == (cut / "losses.csv").read_text()
+
+
+def test_a_finished_run_has_nothing_to_do(config: TrainConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "out", seed=0)
+    before = weights(tmp_path / "out")
+    train(config, tmp_path / "out", seed=0)
+    for name, value in weights(tmp_path / "out").items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_seed_decides(config: TrainConfig, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(config, tmp_path / name, seed=seed, stop=after(2))
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_a_checkpoint_of_another_network_is_refused(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    train(config, tmp_path / "out", seed=0, stop=after(1))
+    other = config.model_copy(update={"network": {"widths": [8, 8], "groups": 4}})
+    with pytest.raises(ValueError, match="of another network"):
+        train(other, tmp_path / "out", seed=0)
+
+
+# --- the configuration
+
+GOOD = 'name = "tiny"\n[data]\ntrain = "a"\nval = "b"\n'
+
+
+def test_a_configuration_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(GOOD + "[optimisation]\nbatch = 3\n")
+    config = TrainConfig.read(path)
+    assert (config.name, config.data.val, config.optimisation.batch) == (
+        "tiny",
+        Path("b"),
+        3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b'name = "tiny"\n', "data: Field required"),
+        (GOOD.encode() + b"shfit = 3\n", "data.shfit: Extra inputs"),
+        (GOOD.encode() + b"scale = 0\n", "data.scale: Input should be greater"),
+        (GOOD.encode() + b'unit = "kg"\n', "data.unit: Input should be 'HU'"),
+        (GOOD.encode() + b"[optimisation]\nema = 1.0\n", "optimisation.ema: .* less"),
+        (b"name = \n", "cannot read"),
+        (b"name = '\xff'\n", "cannot read"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, text: bytes, why: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=why) as refused:
+        TrainConfig.read(path)
+    assert "\n" not in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+def test_a_missing_configuration_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot read") as refused:
+        TrainConfig.read(tmp_path / "none.toml")
+    assert "\n" not in str(refused.value)
