@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import invsolve as iv
 from invsolve import io
-from invsolve.demo import COUNTS, METHODS, VIEWS, Comparison, compare
+from invsolve.demo import COUNTS, VIEWS, Comparison, compare
 
 TUNING_PATIENTS = 9
 HEIGHTS = (0.3, 0.7)
@@ -74,7 +74,7 @@ def summary(comparisons: Sequence[Comparison], part: str, seed: int) -> dict:
     return {
         "part": part,
         "patients": len(comparisons),
-        "slices": sum(len(c.image.values) for c in comparisons),
+        "slices": sum(len(c.truth) for c in comparisons),
         "views": VIEWS,
         "counts": COUNTS,
         "seed": seed,
@@ -90,7 +90,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        models = [
+            x for x in info.read_text().splitlines() if x.startswith("model name")
+        ]
         name = models[0].split(":")[1].strip() if models else name
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{os.cpu_count()} cores of {name}{gpu}"
@@ -125,11 +127,15 @@ def table(result: dict) -> str:
 
 def main() -> None:
     """Run, print the table, and write it down."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Sparse-view, low-dose CT of held-out patients."
+    )
     data = os.environ.get("INVSOLVE_DATA", "data")
     parser.add_argument("--data", type=Path, default=Path(data))
     parser.add_argument("--part", choices=["tune", "report"], default="report")
-    parser.add_argument("--patients", type=int, default=None, help="only the first so many")
+    parser.add_argument(
+        "--patients", type=int, default=None, help="only the first so many"
+    )
     parser.add_argument("--prior", default="ct-headneck-128")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -37,7 +37,7 @@ def tv_denoise(x: Tensor, sigma: float, lam: float) -> Tensor:
 
 def main() -> None:
     """Measure, print, and write down."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="How good the bundled prior is.")
     data = os.environ.get("INVSOLVE_DATA", "data")
     parser.add_argument("--data", type=Path, default=Path(data))
     parser.add_argument("--prior", default="ct-headneck-128")

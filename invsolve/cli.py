@@ -45,6 +45,7 @@ SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "dds": samplers.dds,
     "diffpir": samplers.diffpir,
     "dps": samplers.dps,
+    "tmpd": samplers.tmpd,
     "tv": samplers.tv,
     "fbp": samplers.fbp,
 }
@@ -112,7 +113,7 @@ FACTOR = 3
 SOLVE_EXAMPLES = (
     "Example: invsolve solve y.npz -o out --sampler dds --samples 8 --truth ct.nii.gz",
     "Example: invsolve solve y.npz -o out --sampler tv --set lam=30",
-    "Example: invsolve solve y.npy -o out --pixel-mm 3.9 --size 128 --counts 1e5",
+    "Example: invsolve solve y.npy -o out --pixel-mm 3.9 --size 128 --counts 5e3",
 )
 
 app = typer.Typer(
@@ -277,7 +278,7 @@ def demo(
 
 
 @app.command(
-    epilog="Example: invsolve simulate ct.nii.gz -o y.npz --slice 64 --counts 1e5"
+    epilog="Example: invsolve simulate ct.nii.gz -o y.npz --slice 64 --counts 5e3"
 )
 def simulate(
     image: Annotated[Path, typer.Argument(help="NIfTI, NumPy (.npy) or a picture.")],
@@ -294,7 +295,7 @@ def simulate(
     views: Annotated[int, typer.Option(min=1, help="ct: evenly over 180°.")] = 30,
     counts: Annotated[
         float, typer.Option(help="ct: photons for a detector element through air.")
-    ] = 1e5,
+    ] = demonstration.COUNTS,
     sigma: Annotated[
         float | None,
         typer.Option(

@@ -52,8 +52,8 @@ class InverseProblem:
         """The operator, if it is linear; else a ValueError that names a way out."""
         if not isinstance(self.operator, LinearOperator):
             raise ValueError(
-                f"this method needs a linear operator, and "
-                f"{type(self.operator).__name__} is not: use reddiff or dps"
+                "this method needs a linear operator, and the problem's is not: use "
+                "reddiff or dps"
             )
         return self.operator
 

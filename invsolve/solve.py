@@ -169,7 +169,9 @@ def solve(
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(
+        error
+    )
 
 
 def _name_and_kind(sampler: Callable[..., Tensor]) -> tuple[str, Kind]:

@@ -41,15 +41,15 @@ class Data(_Section):
     unit: Literal["HU", ""] = ""
     axes: str | None = None
     """Where the arrays' axes point, if their affines are wrong; see `invsolve.io.read`."""
-    scale: float = Field(1.0, gt=0)
+    scale: float = Field(default=1.0, gt=0)
     offset: float = 0.0
-    min_foreground: float = Field(0.005, ge=0, le=1)
+    min_foreground: float = Field(default=0.005, ge=0, le=1)
     """Leave out slices with fewer pixels than this above 0.25 in the prior's range."""
-    shift: int = Field(8, ge=0)
+    shift: int = Field(default=8, ge=0)
     """Random translation by up to so many pixels, the background coming in."""
     flip: bool = True
     """Random left–right mirroring."""
-    crop: int = Field(0, ge=0)
+    crop: int = Field(default=0, ge=0)
     """Side of the crops around the foreground that the first part of a run sees; 0 for
     whole images throughout. Where most of an image is background, crops show the
     network more for the same work; the last part lets it get used to whole images."""
@@ -58,21 +58,21 @@ class Data(_Section):
 class Optimisation(_Section):
     """How long, and with what steps."""
 
-    images: int = Field(60_000, gt=0)
+    images: int = Field(default=60_000, gt=0)
     """How many images to see; crops count by their area."""
-    batch: int = Field(8, gt=0)
-    crop_batch: int = Field(16, gt=0)
-    crop_part: float = Field(0.7, ge=0, le=1)
+    batch: int = Field(default=8, gt=0)
+    crop_batch: int = Field(default=16, gt=0)
+    crop_part: float = Field(default=0.7, ge=0, le=1)
     """The part of the run that sees crops, if there are any."""
-    lr: float = Field(6e-4, gt=0)
-    warmup: int = Field(300, gt=0)
+    lr: float = Field(default=6e-4, gt=0)
+    warmup: int = Field(default=300, gt=0)
     """Steps over which the learning rate rises."""
-    decay: float = Field(0.3, ge=0, le=1)
+    decay: float = Field(default=0.3, ge=0, le=1)
     """The last part of the run, over which the learning rate falls to zero."""
-    ema: float = Field(0.999, ge=0, lt=1)
-    sigma_data: float = Field(0.5, gt=0)
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    sigma_data: float = Field(default=0.5, gt=0)
     log_sigma_mean: float = -1.4
-    log_sigma_std: float = Field(1.4, gt=0)
+    log_sigma_std: float = Field(default=1.4, gt=0)
     bf16: bool = True
 
 
@@ -193,17 +193,19 @@ def train(
         net.parameters(), opt.lr, betas=(0.9, 0.99), weight_decay=0
     )
     plan = Plan(opt, config.data.crop**2 / images[0].numel())
-    step, history = 0, []
+    first, history = 0, []
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         if state["network"] != network.to_dict():
-            raise ValueError(f"{checkpoint} is of another network: choose another --out")
+            raise ValueError(
+                f"{checkpoint} is of another network: choose another --out"
+            )
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         adam.load_state_dict(state["adam"])
         generator.set_state(state["generator"].cpu())
-        step, history = state["step"], state["history"]
+        first, history = state["step"], state["history"]
 
     def save(step: int) -> Path:
         out.mkdir(parents=True, exist_ok=True)
@@ -220,7 +222,8 @@ def train(
         return _export(config, network, ema, round(plan.seen(step)), history, out, seed)
 
     running: list[Tensor] = []
-    for step in progress(range(step, plan.steps)):
+    step = first
+    for step in progress(range(first, plan.steps)):
         for group in adam.param_groups:
             group["lr"] = opt.lr * plan.rate(step)
         crop = config.data.crop if step < plan.crop_steps else 0
@@ -304,7 +307,10 @@ def _batch(
         h, w = x.shape[-2:]
         corners = torch.randint(2 * pad + 1, (n, 2), generator=generator).tolist()
         x = torch.stack(
-            [p[:, i : i + h, j : j + w] for p, (i, j) in zip(padded, corners, strict=True)]
+            [
+                p[:, i : i + h, j : j + w]
+                for p, (i, j) in zip(padded, corners, strict=True)
+            ]
         )
     return x
 

@@ -99,7 +99,7 @@ class GaussianMixturePrior(Prior):
     def __init__(
         self,
         weights: Float[Tensor, " components"],
-        means: Float[Tensor, "components *x"],
+        means: Float[Tensor, " components *x"],
         covs: Tensor,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
@@ -142,9 +142,7 @@ class GaussianMixturePrior(Prior):
         log_w = torch.stack([c.evidence(A, y, sigma) for c in self.components])
         weights = (log_w + self.weights.log()).softmax(0)
         means = torch.stack([p.mean for p in parts])
-        return GaussianMixturePrior(
-            weights, means, torch.stack([p.cov for p in parts])
-        )
+        return GaussianMixturePrior(weights, means, torch.stack([p.cov for p in parts]))
 
     def sample(self, n: int, *, generator: Generator) -> Tensor:
         """(n, *x): independent draws."""

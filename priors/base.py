@@ -57,7 +57,7 @@ class Prior(ABC):
                 setattr(moved, name, value.to(device))
         return moved
 
-    def check(self, shape: tuple[int, ...]) -> None:
+    def check(self, shape: tuple[int, ...]) -> None:  # noqa: B027 (any will do)
         """Refuse, with a ValueError that says why, images this prior cannot take.
 
         Args:

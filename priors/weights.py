@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 from .base import Affine, AffineMap, Prior
 from .parameterisation import EDMPrior
 from .unet import UNet, UNetConfig

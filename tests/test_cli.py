@@ -435,7 +435,7 @@ def test_the_doctor_never_fails(capsys, monkeypatch):
 
 
 def test_the_names_are_the_documented_ones():
-    assert set(SAMPLERS) == {"reddiff", "dds", "diffpir", "dps", "tv", "fbp"}
+    assert set(SAMPLERS) == {"reddiff", "dds", "diffpir", "dps", "tmpd", "tv", "fbp"}
     assert set(OPERATORS) == {"ct", "inpaint", "blur", "superres", "mri"}
     assert set(NOISES) == {"gaussian", "poisson", "transmission"}
 

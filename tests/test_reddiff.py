@@ -198,6 +198,38 @@ def test_adam_descending_anneals_to_the_noiseless_mean(descending: Tensor) -> No
     assert (descending[:, 0] - Y_SEEN).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+def test_proximal_steps_settle_where_the_gradient_vanishes(
+    tau: float, generator: Generator
+) -> None:
+    """AᵀA μ/σ_y² + λ(C + σ²)⁻¹(μ − m) = Aᵀy/σ_y², whatever the step τ is."""
+    sigma, lam = 0.4, 0.7
+    got = reddiff(
+        PROBLEM,
+        PRIOR,
+        sigmas=real([sigma]).expand(400),
+        lam=lam,
+        lr=tau,
+        weight="calibrated",
+        normalize="bayes",
+        optimizer="prox",
+        antithetic=True,
+        init="zeros",
+        generator=generator,
+    )
+    precision = lam * torch.linalg.inv(COV + sigma**2 * EYE)
+    data = A.T @ A / SIGMA_Y**2
+    expected = torch.linalg.solve(
+        data + precision, A.T @ Y_SEEN / SIGMA_Y**2 + precision @ MEAN
+    )
+    torch.testing.assert_close(got[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_proximal_steps_need_the_noise(generator: Generator) -> None:
+    with pytest.raises(ValueError, match="bayes"):
+        reddiff(PROBLEM, PRIOR, optimizer="prox", generator=generator)
+
+
 @pytest.mark.parametrize(
     ("order", "expected", "bound"),
     [
@@ -346,5 +378,7 @@ def test_where_it_starts(
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_options(preset: str, generator: Generator) -> None:
-    mu = reddiff(PROBLEM, PRIOR, steps=50, generator=generator, **PRESETS[preset])
+    mu = reddiff(
+        PROBLEM, PRIOR, generator=generator, **{"steps": 50, **PRESETS[preset]}
+    )
     assert (mu[0, 0] - Y_SEEN[0]).abs() < 0.5

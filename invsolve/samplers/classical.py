@@ -10,7 +10,7 @@ from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness
 from ..shapes import X, per_item
-from .core import Progress, gives, image_like
+from .core import Progress, gives
 
 
 @gives("point_estimate")

@@ -54,10 +54,12 @@ def gives(kind: Kind) -> Callable[[F], F]:
     return mark
 
 
-def default_sigmas(prior: Prior, steps: int, like: X) -> Tensor:
-    """The levels between the prior's largest and smallest, spaced as Karras et al."""
-    sigmas = karras_sigmas(steps, prior.sigma_min, prior.sigma_max)
-    return sigmas.to(like.device, like.real.dtype)
+def default_sigmas(
+    prior: Prior, steps: int, like: X, sigma_range: tuple[float, float] | None = None
+) -> Tensor:
+    """Levels spaced as Karras et al., between the prior's or a given range's ends."""
+    low, high = sigma_range or (prior.sigma_min, prior.sigma_max)
+    return karras_sigmas(steps, low, high).to(like.device, like.real.dtype)
 
 
 def transitions(sigmas: Tensor) -> list[tuple[Tensor, Tensor]]:

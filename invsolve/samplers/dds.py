@@ -22,7 +22,9 @@ def dds(
     *,
     steps: int = 50,
     sigmas: Tensor | None = None,
+    sigma_range: tuple[float, float] | None = None,
     gamma: float | None = None,
+    lam: float = 1.0,
     eta: float = 0.85,
     cg_steps: int = 5,
     generator: Randomness,
@@ -39,9 +41,11 @@ def dds(
         prior: the denoiser.
         steps: how many, spaced as Karras et al. between the prior's levels.
         sigmas: the noise levels instead, highest first.
+        sigma_range: the lowest and the highest, where they are not the prior's.
         gamma: γ, as published, in units of 1/‖A‖² for y without weights. Unless given
             it is σ²/σ_y² (σ² W for other noise): what Bayes asks for when D is the
             mean of a Gaussian of variance σ². That is not of the paper.
+        lam: λ, by which that default γ is divided.
         eta: η, the published code's: the fraction of the noise's amplitude that is
             fresh. It is not DDIM's η.
         cg_steps: M, at each level.
@@ -52,12 +56,14 @@ def dds(
         One draw for each item of y.
     """
     like = image_like(problem)
-    sigmas = default_sigmas(prior, steps, like) if sigmas is None else sigmas.to(like)
+    if sigmas is None:
+        sigmas = default_sigmas(prior, steps, like, sigma_range)
+    sigmas = sigmas.to(like)
     x = start(like, sigmas[0], generator)
     for sigma, sigma_next in progress(transitions(sigmas)):
         denoised = prior.denoise(x, sigma)
         if gamma is None:
-            x0 = problem.prox(denoised, 1 / sigma**2, max_steps=cg_steps, rtol=0.0)
+            x0 = problem.prox(denoised, lam / sigma**2, max_steps=cg_steps, rtol=0.0)
         else:
             A, y = problem.linear, problem.y
             x0 = A.prox(denoised, y, 1 / gamma, max_steps=cg_steps, rtol=0.0)

@@ -22,6 +22,7 @@ def diffpir(
     *,
     steps: int = 100,
     sigmas: Tensor | None = None,
+    sigma_range: tuple[float, float] | None = None,
     lam: float = 1.0,
     zeta: float = 0.1,
     cg_steps: int = 50,
@@ -40,6 +41,7 @@ def diffpir(
         prior: the denoiser.
         steps: how many, spaced as Karras et al. between the prior's levels.
         sigmas: the noise levels instead, highest first.
+        sigma_range: the lowest and the highest, where they are not the prior's.
         lam: λ, the prior's weight; 1 is what Bayes asks for.
         zeta: ζ, the fraction of the noise that is fresh at each step.
         cg_steps, rtol: of conjugate gradients, where there is no closed form.
@@ -50,7 +52,9 @@ def diffpir(
         One draw for each item of y.
     """
     like = image_like(problem)
-    sigmas = default_sigmas(prior, steps, like) if sigmas is None else sigmas.to(like)
+    if sigmas is None:
+        sigmas = default_sigmas(prior, steps, like, sigma_range)
+    sigmas = sigmas.to(like)
     x = start(like, sigmas[0], generator)
     for sigma, sigma_next in progress(transitions(sigmas)):
         denoised = prior.denoise(x, sigma)

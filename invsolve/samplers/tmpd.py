@@ -24,6 +24,7 @@ def tmpd(
     *,
     steps: int = 30,
     sigmas: Tensor | None = None,
+    sigma_range: tuple[float, float] | None = None,
     lam: float = 1.0,
     eta: float = 1.0,
     cg_steps: int = 10,
@@ -49,6 +50,7 @@ def tmpd(
         prior: the denoiser.
         steps: how many, spaced as Karras et al. between the prior's levels.
         sigmas: the noise levels instead, highest first.
+        sigma_range: the lowest and the highest, where they are not the prior's.
         lam: λ.
         eta: η of DDIM: 1 for ancestral sampling, 0 for none but the first noise.
         cg_steps, rtol: of conjugate gradients at each level.
@@ -59,7 +61,9 @@ def tmpd(
         One draw for each item of y.
     """
     like = image_like(problem)
-    sigmas = default_sigmas(prior, steps, like) if sigmas is None else sigmas.to(like)
+    if sigmas is None:
+        sigmas = default_sigmas(prior, steps, like, sigma_range)
+    sigmas = sigmas.to(like)
     A, y = problem.whitened()
     x = start(like, sigmas[0], generator)
     for sigma, sigma_next in progress(transitions(sigmas)):
