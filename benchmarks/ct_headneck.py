@@ -120,7 +120,7 @@ def table(result: dict) -> str:
         "times finer. PSNR (data range 2000 HU) and SSIM over the body, mean ± standard "
         f"deviation over slices; passes and seconds for one slice. {result['date']}, "
         f"{result['machine']}, seed {result['seed']}. Made by "
-        "`python benchmarks/ct_headneck.py --readme README.md`.",
+        f"`{result['command']}`.",
     ]
     return "\n".join(lines)
 
@@ -150,6 +150,8 @@ def main() -> None:
         for image in tqdm(images, unit="patient")
     ]
     result = summary(comparisons, args.part, args.seed)
+    patients = f" --patients {args.patients}" if args.patients else ""
+    result["command"] = f"python benchmarks/ct_headneck.py{patients} --readme README.md"
     print(table(result))
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"ct_headneck-{args.part}-{torch.device(args.device).type}"

@@ -52,8 +52,8 @@ class InverseProblem:
         """The operator, if it is linear; else a ValueError that names a way out."""
         if not isinstance(self.operator, LinearOperator):
             raise ValueError(
-                "this method needs a linear operator, and the problem's is not: use "
-                "reddiff or dps"
+                "this needs a linear operator, and the problem's is not: use reddiff, "
+                "with an image as its init and a prior in the image's own unit"
             )
         return self.operator
 

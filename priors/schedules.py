@@ -30,7 +30,7 @@ def ddpm_sigmas(n: int, steps: int = 1000) -> Float[Tensor, " n"]:
     """σ_t = √(1/ᾱ_t − 1) at n of the DDPM's steps, t = (n−1)k … k, 0 with k = ⌊T/n⌋.
 
     >>> ddpm_sigmas(2)
-    tensor([3.4026, 0.0100], dtype=torch.float64)
+    tensor([3.4430, 0.0100], dtype=torch.float64)
     """
     if not 1 <= n <= steps:
         raise ValueError(f"the DDPM schedule has 1 to {steps} steps, got {n}")

@@ -110,7 +110,8 @@ def test_simulate_and_solve(measured, phantom, prior, tmp_path, capsys):
     record = json.loads((out / "result.json").read_text())
     (result,) = record["results"]
     assert record["seed"] == 3 and record["unit"] == "HU"
-    assert record["settings"]["options"] == {"steps": 3, "cg_steps": 2}
+    options = record["settings"]["options"]
+    assert options["steps"] == 3 and options["cg_steps"] == 2
     assert result["kind"] == "posterior_sample" and len(result["metrics"]["ssim"]) == 2
     assert result["stats"]["network_forwards"] == 2 * 2 * 3
     assert len(record["input"]["sha256"]) == 64 and record["versions"]["torch"]

@@ -36,8 +36,7 @@ def dps(
     only through ζ, and fits the data closer than their noise: no posterior.
 
     Args:
-        problem: what was measured; the operator may be nonlinear if y has the images'
-            shape, and any noise will do.
+        problem: linear; any noise will do.
         prior: a denoiser that can be differentiated.
         steps: how many, at evenly spaced steps of the DDPM schedule.
         sigmas: the noise levels instead, highest first.
