@@ -151,7 +151,7 @@ def test_counts_cannot_be_shifted(generator: Generator) -> None:
 def test_a_nonlinear_problem_says_what_can_solve_it(generator: Generator) -> None:
     p = nonlinear(generator)
     for ask in (p.whitened, lambda: p.seen_through(AffineMap(2.0, 0.0))):
-        with pytest.raises(ValueError, match="needs a linear operator.*use reddiff"):
+        with pytest.raises(ValueError, match=r"needs a linear operator.*use reddiff"):
             ask()
 
 
