@@ -125,6 +125,13 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def put(path: Path, text: str, begin: str, end: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, rest = path.read_text().split(begin)
+    new = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    io.replace(path, lambda p: Path(p).write_text(new))
+
+
 def main() -> None:
     """Run, print the table, and write it down."""
     parser = argparse.ArgumentParser(
@@ -158,11 +165,7 @@ def main() -> None:
     text = json.dumps(result, indent=1) + "\n"
     io.replace(args.out / f"{stem}.json", lambda p: Path(p).write_text(text))
     if args.readme:
-        old = args.readme.read_text()
-        before, rest = old.split(BEGIN)
-        after = rest.split(END)[1]
-        new = f"{before}{BEGIN}\n{table(result)}\n{END}{after}"
-        io.replace(args.readme, lambda p: Path(p).write_text(new))
+        put(args.readme, table(result), BEGIN, END)
 
 
 if __name__ == "__main__":
