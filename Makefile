@@ -41,7 +41,7 @@ bench-cuda: .venv/installed
 	timeout $(MINUTES)m $(BIN)/python benchmarks/ct_headneck.py --device cuda --out $(RUNS)/bench-cuda
 
 train-priors: .venv/installed
-	$(BIN)/invsolve train configs/ct-headneck-128.toml --out $(RUNS)/ct-headneck-128 --minutes $(MINUTES)
+	$(BIN)/invsolve train configs/ct-headneck-128-gpu.toml --out $(RUNS)/ct-headneck-128 --minutes $(MINUTES)
 
 clean:
 	rm -rf .venv runs demo

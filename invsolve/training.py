@@ -159,7 +159,7 @@ def train(
     *,
     seed: int,
     device: torch.device | None = None,
-    checkpoint_every: int = 4000,
+    checkpoint_every: int | None = None,
     progress: Progress = iter,
     stop: Callable[[], bool] = lambda: False,
 ) -> Path:
@@ -173,12 +173,13 @@ def train(
         out: a folder for the results.
         seed: of the data's order, the noise and the weights.
         device: where; the CPU unless given.
-        checkpoint_every: images between two checkpoints.
+        checkpoint_every: images between two checkpoints; a fiftieth of all unless given.
         progress: wraps the loop, as ``tqdm`` does.
         stop: asked after each step whether time is up.
     """
     device = device or torch.device("cpu")
     opt = config.optimisation
+    every = checkpoint_every or max(1, opt.images // 50)
     generator = Generator().manual_seed(seed)
     images = load_slices(config.data.train, config.data)
     val = load_slices(config.data.val, config.data)
@@ -237,7 +238,7 @@ def train(
         ema.update_parameters(net)
         running.append(loss.detach())
         before, seen = plan.seen(step), plan.seen(step + 1)
-        if seen // checkpoint_every > before // checkpoint_every:
+        if seen // every > before // every:
             mean = float(torch.stack(running).mean())
             running.clear()
             prior = EDMPrior(ema.module, opt.sigma_data)
