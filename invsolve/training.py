@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from invsolve import io
 from invsolve.priors import AffineMap, EDMPrior, UNet, UNetConfig
-from invsolve.priors.weights import card_of
+from invsolve.priors.weights import card_of, sha256
 from invsolve.random import randn_like
 from invsolve.units import hu_to_mu
 
@@ -345,6 +345,8 @@ def _export(
     seed: int,
 ) -> Path:
     weights = {k: v.half().contiguous() for k, v in ema.module.state_dict().items()}
+    file = out / f"{config.name}.safetensors"
+    io.replace(file, lambda path: save_file(weights, path))
     card = card_of(
         config.name,
         network,
@@ -356,10 +358,10 @@ def _export(
             "seed": seed,
             **config.optimisation.model_dump(),
         },
+        sha256=sha256(file),
         **config.card,
     )
     names = ["images", "loss", *(f"psnr_at_{level}" for level in LEVELS)]
-    io.replace(out / f"{config.name}.safetensors", lambda p: save_file(weights, p))
     text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
     io.replace(out / f"{config.name}.json", lambda p: Path(p).write_text(text, "utf-8"))
 
