@@ -116,7 +116,7 @@ def table(result: dict) -> str:
         "",
         f"{result['slices']} slices of {result['patients']} patients whom neither "
         f"training nor tuning saw (OpenKBP, real CT); simulated measurements: "
-        f"{result['views']} views, {result['counts']:.0e} photons a ray, on a grid three "
+        f"{result['views']} views, {result['counts']:,.0f} photons a ray, on a grid three "
         "times finer. PSNR (data range 2000 HU) and SSIM over the body, mean ± standard "
         f"deviation over slices; passes and seconds for one slice. {result['date']}, "
         f"{result['machine']}, seed {result['seed']}. Made by "
