@@ -54,12 +54,30 @@ def gives(kind: Kind) -> Callable[[F], F]:
     return mark
 
 
-def default_sigmas(
-    prior: Prior, steps: int, like: X, sigma_range: tuple[float, float] | None = None
+def levels(
+    prior: Prior,
+    like: X,
+    steps: int,
+    sigmas: Tensor | None,
+    sigma_range: tuple[float, float] | None,
 ) -> Tensor:
-    """Levels spaced as Karras et al., between the prior's or a given range's ends."""
-    low, high = sigma_range or (prior.sigma_min, prior.sigma_max)
-    return karras_sigmas(steps, low, high).to(like.device, like.real.dtype)
+    """The given levels, or those of Karras et al. in a range, the prior's by default."""
+    if sigmas is None:
+        low, high = sigma_range or (prior.sigma_min, prior.sigma_max)
+        sigmas = karras_sigmas(steps, low, high)
+    return sigmas.to(like)
+
+
+def ddim(
+    x: X, x0: X, sigma: Tensor, sigma_next: Tensor, eta: float, generator: Randomness
+) -> X:
+    """x₀ + √(σ′² − f²) ε̂ + f n, with ε̂ = (x − x₀)/σ and fresh noise f = ησ′√(1 − σ′²/σ²).
+
+    Song et al. 2021, eq. 12; η = 1 is ancestral sampling.
+    """
+    fresh = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
+    kept = (sigma_next**2 - fresh**2).clamp_min(0).sqrt()
+    return x0 + kept * (x - x0) / sigma + fresh * randn_like(x, generator)
 
 
 def transitions(sigmas: Tensor) -> list[tuple[Tensor, Tensor]]:

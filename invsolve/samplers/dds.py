@@ -11,7 +11,7 @@ from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness, randn_like
 from ..shapes import X
-from .core import Progress, default_sigmas, gives, image_like, start, transitions
+from .core import Progress, gives, image_like, levels, start, transitions
 
 
 @gives("posterior_sample")
@@ -56,9 +56,7 @@ def dds(
         One draw for each item of y.
     """
     like = image_like(problem)
-    if sigmas is None:
-        sigmas = default_sigmas(prior, steps, like, sigma_range)
-    sigmas = sigmas.to(like)
+    sigmas = levels(prior, like, steps, sigmas, sigma_range)
     x = start(like, sigmas[0], generator)
     for sigma, sigma_next in progress(transitions(sigmas)):
         denoised = prior.denoise(x, sigma)

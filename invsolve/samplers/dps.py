@@ -11,9 +11,9 @@ from ..linalg import dot
 from ..priors import Prior
 from ..priors.schedules import ddpm_sigmas
 from ..problem import InverseProblem
-from ..random import Randomness, randn_like
+from ..random import Randomness
 from ..shapes import X, per_item
-from .core import Progress, gives, image_like, start, transitions
+from .core import Progress, ddim, gives, image_like, start, transitions
 
 
 @gives("steered")
@@ -57,11 +57,7 @@ def dps(
     for sigma, sigma_next in progress(transitions(sigmas)):
         x0, grad = misfit_norm_grad(problem, prior, x, sigma)
         with torch.no_grad():
-            eps = (x - x0) / sigma
-            # The part of σ′ that is fresh noise; the rest continues the old.
-            fresh = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
-            kept = (sigma_next**2 - fresh**2).clamp_min(0).sqrt()
-            x = x0 + kept * eps + fresh * randn_like(x, generator)
+            x = ddim(x, x0, sigma, sigma_next, eta, generator)
             # ζ is meant for the variance-preserving state √ᾱ x, both before and after.
             x = x - zeta * (1 + sigma**2).sqrt() * (1 + sigma_next**2).sqrt() * grad
     return x

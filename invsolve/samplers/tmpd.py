@@ -11,9 +11,9 @@ from ..linalg import cg
 from ..operators import Mask
 from ..priors import Prior
 from ..problem import InverseProblem
-from ..random import Randomness, randn_like
+from ..random import Randomness
 from ..shapes import X
-from .core import Progress, default_sigmas, gives, image_like, start, transitions
+from .core import Progress, ddim, gives, image_like, levels, start, transitions
 
 
 @gives("posterior_sample")
@@ -61,9 +61,7 @@ def tmpd(
         One draw for each item of y.
     """
     like = image_like(problem)
-    if sigmas is None:
-        sigmas = default_sigmas(prior, steps, like, sigma_range)
-    sigmas = sigmas.to(like)
+    sigmas = levels(prior, like, steps, sigmas, sigma_range)
     A, y = problem.whitened()
     x = start(like, sigmas[0], generator)
     for sigma, sigma_next in progress(transitions(sigmas)):
@@ -79,10 +77,7 @@ def tmpd(
             rtol=rtol,
         )
         x0 = denoised + R.apply(u)
-        eps = (x - x0) / sigma
-        fresh = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
-        kept = (sigma_next**2 - fresh**2).clamp_min(0).sqrt()
-        x = x0 + kept * eps + fresh * randn_like(x, generator)
+        x = ddim(x, x0, sigma, sigma_next, eta, generator)
     return x
 
 
