@@ -34,6 +34,7 @@ GRIDS: Mapping[str, tuple[Any, int, Mapping[str, Sequence[Any]]]] = {
         1,
         {
             "lam": [k / MU_WATER for k in (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)],
+            "steps": [200],
             "nonnegative": [True],
         },
     ),

@@ -62,7 +62,9 @@ class Method:
 
 METHODS = (
     Method("FBP", samplers.fbp, {"window": "shepp-logan"}),
-    Method("TV", samplers.tv, {"lam": 2.8 / MU_WATER, "nonnegative": True}),
+    Method(
+        "TV", samplers.tv, {"lam": 2.8 / MU_WATER, "steps": 200, "nonnegative": True}
+    ),
     Method("RED-diff", samplers.reddiff, PRESETS["ct"], samples=4),
     Method(
         "DDS",
