@@ -35,7 +35,7 @@ bench-ct: .venv/installed
 # With a CUDA device: each has a time budget, takes up where it left off, and writes
 # what it finds to $(RUNS).
 test-cuda: .venv/installed
-	timeout $(MINUTES)m $(BIN)/python -m pytest -q -m gpu
+	timeout $(MINUTES)m $(BIN)/python -m pytest -q -m cuda
 
 bench-cuda: .venv/installed
 	timeout $(MINUTES)m $(BIN)/python benchmarks/ct_headneck.py --device cuda --out $(RUNS)/bench-cuda

@@ -90,6 +90,10 @@ class CountedLinear(LinearOperator):
         return self.inner.is_unitary
 
     @property
+    def adjoint_is_exact(self) -> bool:
+        return self.inner.adjoint_is_exact
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         return self.inner.image_shape
 

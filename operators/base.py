@@ -13,6 +13,9 @@ from invsolve.shapes import X, Y
 
 Same = TypeVar("Same", bound="Operator")
 
+INEXACT_STEPS = 20
+"""Conjugate gradients with a mismatched adjoint drift away after about so many steps."""
+
 
 class Operator(ABC):
     """A forward map A: X → Y, the same for every item of the batch.
@@ -70,6 +73,11 @@ class LinearOperator(Operator):
     is_unitary: ClassVar[bool] = False
     """Whether AᴴA = AAᴴ = I, which gives compositions their closed forms."""
 
+    @property
+    def adjoint_is_exact(self) -> bool:
+        """Whether ``adjoint`` is Aᴴ to rounding; else inner iterations are kept few."""
+        return True
+
     @abstractmethod
     def adjoint(self, y: Y) -> X:
         """Aᴴ y."""
@@ -91,6 +99,7 @@ class LinearOperator(Operator):
         b = self.adjoint(y)
         if self.is_unitary:
             return b
+        max_steps = self._steps(max_steps)
         return cg(self.normal, b, torch.zeros_like(b), max_steps=max_steps, rtol=rtol)
 
     def prox(
@@ -110,9 +119,13 @@ class LinearOperator(Operator):
         b = self.adjoint(y) + rho * v
         if self.is_unitary:
             return b / (1 + rho)
+        max_steps = self._steps(max_steps)
         return cg(
             lambda x: self.normal(x) + rho * x, b, v, max_steps=max_steps, rtol=rtol
         )
+
+    def _steps(self, most: int) -> int:
+        return most if self.adjoint_is_exact else min(most, INEXACT_STEPS)
 
     def norm(self, like: X, *, max_steps: int = 200, rtol: float = 1e-5) -> float:
         """‖A‖, the largest singular value; by power iteration unless it is known.
@@ -187,6 +200,10 @@ class Scaled(LinearOperator):
         return abs(self.factor) * self.inner.norm(like, max_steps=max_steps, rtol=rtol)
 
     @property
+    def adjoint_is_exact(self) -> bool:
+        return self.inner.adjoint_is_exact
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         return self.inner.image_shape
 
@@ -242,6 +259,10 @@ class Compose(LinearOperator):
     @property
     def is_unitary(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.outer.is_unitary and self.inner.is_unitary
+
+    @property
+    def adjoint_is_exact(self) -> bool:
+        return self.outer.adjoint_is_exact and self.inner.adjoint_is_exact
 
     @property
     def image_shape(self) -> tuple[int, ...]:
