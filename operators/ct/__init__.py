@@ -17,7 +17,7 @@ from torch import Tensor
 
 from invsolve.shapes import X, Y
 
-from .base import LinearOperator
+from ..base import LinearOperator
 
 Backend = Literal["auto", "matrix", "astra"]
 Window = Literal["ram-lak", "shepp-logan", "cosine", "hann"]
