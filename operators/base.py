@@ -1,8 +1,9 @@
 """What every forward operator can do, and how operators combine."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import ClassVar, TypeVar, final
+from typing import ClassVar, TypeVar, final, overload
 
 import torch
 from torch import Generator, Tensor
@@ -47,6 +48,20 @@ class Operator(ABC):
         """The trailing dimensions that measurements must have; empty if any will do."""
         return ()
 
+    def image_like(self, y: Y) -> X:
+        """Zeros of the images' shape, where y are their measurements.
+
+        Channel by channel as y; an operator that takes any shape keeps it.
+        """
+        if not self.image_shape:
+            return torch.zeros_like(y)
+        kept = y.ndim - len(self.measurement_shape or self.image_shape)
+        return y.new_zeros(*y.shape[:kept], *self.image_shape)
+
+    def guess(self, y: Y) -> X:
+        """An image to begin a descent from; zeros unless a subclass knows better."""
+        return self.image_like(y)
+
     def check_image(self, x: Tensor) -> None:
         """Refuse, with a ValueError that says why, what cannot be measured."""
         _check(x, self.image_shape, "an image", type(self).__name__)
@@ -65,6 +80,9 @@ class Operator(ABC):
             if f.init and isinstance(value := getattr(self, f.name), Tensor | Operator)
         }
         return replace(self, **moved)
+
+    def __matmul__(self, inner: "Operator") -> "Operator":
+        return Chain(self, inner)
 
 
 class LinearOperator(Operator):
@@ -89,6 +107,13 @@ class LinearOperator(Operator):
     def vjp(self, x: X, v: Y) -> X:
         """Aᴴ v, wherever x is."""
         return self.adjoint(v)
+
+    def image_like(self, y: Y) -> X:
+        return torch.zeros_like(self.adjoint(y))
+
+    def guess(self, y: Y) -> X:
+        """A⁺y."""
+        return self.pinv(y)
 
     def pinv(self, y: Y, *, max_steps: int = 100, rtol: float = 1e-6) -> X:
         """A⁺y, the least-squares solution of least norm.
@@ -141,8 +166,14 @@ class LinearOperator(Operator):
         value = largest_eigenvalue(self.normal, start, max_steps=max_steps, rtol=rtol)
         return float(value) ** 0.5
 
-    def __matmul__(self, inner: "LinearOperator") -> "Compose":
-        return Compose(self, inner)
+    @overload
+    def __matmul__(self, inner: "LinearOperator") -> "Compose": ...
+    @overload
+    def __matmul__(self, inner: Operator) -> Operator: ...
+    def __matmul__(self, inner: Operator) -> Operator:
+        if isinstance(inner, LinearOperator):
+            return Compose(self, inner)
+        return Chain(self, inner)
 
     def __rmul__(self, factor: float) -> "Scaled":
         return Scaled(factor, self)
@@ -271,6 +302,76 @@ class Compose(LinearOperator):
     @property
     def measurement_shape(self) -> tuple[int, ...]:
         return self.outer.measurement_shape or self.inner.measurement_shape
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Chain(Operator):
+    """A = outer ∘ inner where not both are linear, written ``outer @ inner``.
+
+    J_A(x)ᴴ v = J_inner(x)ᴴ J_outer(z)ᴴ v with z = inner(x). As in `Compose`, an operator
+    that takes any shape keeps it.
+    """
+
+    outer: Operator
+    inner: Operator
+
+    def apply(self, x: X) -> Y:
+        return self.outer.apply(self.inner.apply(x))
+
+    def vjp(self, x: X, v: Y) -> X:
+        return self.inner.vjp(x, self.outer.vjp(self.inner.apply(x), v))
+
+    def image_like(self, y: Y) -> X:
+        return self.inner.image_like(self.outer.image_like(y))
+
+    def guess(self, y: Y) -> X:
+        return self.inner.guess(self.outer.guess(y))
+
+    def check_image(self, x: Tensor) -> None:
+        super().check_image(x)
+        self.inner.check_image(x)
+
+    def check_measurements(self, y: Tensor) -> None:
+        super().check_measurements(y)
+        self.outer.check_measurements(y)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.inner.image_shape or self.outer.image_shape
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        return self.outer.measurement_shape or self.inner.measurement_shape
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rescale(Operator):
+    """y = scale·x + offset: from one range of values to another, such as [0, 1] to [−1, 1].
+
+    ``Saturate() @ Rescale(2.0, -1.0)`` saturates images whose range is [0, 1].
+    """
+
+    scale: float
+    offset: float
+
+    def __post_init__(self) -> None:
+        if not 0 < abs(self.scale) < math.inf or not math.isfinite(self.offset):
+            raise ValueError(
+                f"Rescale needs a finite scale other than 0 and a finite offset, got "
+                f"{self.scale} and {self.offset}"
+            )
+
+    def apply(self, x: X) -> Y:
+        return self.scale * x + self.offset
+
+    def vjp(self, x: X, v: Y) -> X:
+        return self.scale * v
+
+    def guess(self, y: Y) -> X:
+        """(y − offset)/scale."""
+        return (y - self.offset) / self.scale
 
 
 def dottest(A: LinearOperator, x: X, y: Y) -> float:
