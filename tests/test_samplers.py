@@ -28,7 +28,20 @@ from torch import Generator, Tensor
 from invsolve import InverseProblem
 from invsolve.operators import GaussianNoise, Identity, Mask, ParallelBeam
 from invsolve.priors import GaussianPrior, Prior, ddpm_sigmas, karras_sigmas
-from invsolve.samplers import dds, diffpir, dps, fbp, heun, reddiff, tmpd, tv
+from invsolve.samplers import (
+    daps,
+    ddnm,
+    dds,
+    diffpir,
+    dps,
+    fbp,
+    heun,
+    mmps,
+    pigdm,
+    reddiff,
+    tmpd,
+    tv,
+)
 from invsolve.samplers.classical import _divergence, _gradient
 from invsolve.samplers.dps import misfit_norm_grad
 from invsolve.shapes import Sigma, X
@@ -439,6 +452,16 @@ WITH_PRIOR = [
     pytest.param(dds, {"steps": STEPS}, id="dds"),
     pytest.param(dds, {"steps": STEPS, "gamma": 2.0}, id="dds-gamma"),
     pytest.param(tmpd, {"steps": STEPS}, id="tmpd"),
+    pytest.param(pigdm, {"steps": STEPS}, id="pigdm"),
+    pytest.param(mmps, {"steps": STEPS}, id="mmps"),
+    pytest.param(ddnm, {"steps": STEPS}, id="ddnm"),
+    pytest.param(ddnm, {"steps": STEPS, "noisy": True}, id="ddnm-noisy"),
+    pytest.param(daps, {"steps": STEPS}, id="daps"),
+    pytest.param(
+        daps,
+        {"steps": STEPS, "inner": "langevin", "langevin_steps": 3},
+        id="daps-langevin",
+    ),
     pytest.param(reddiff, {"steps": STEPS}, id="reddiff"),
     pytest.param(reddiff, {"steps": STEPS, "order": "random"}, id="reddiff-random"),
     pytest.param(reddiff, {"steps": STEPS, "sigma_x0": 0.1}, id="reddiff-spread"),
@@ -449,6 +472,10 @@ KINDS = {
     diffpir: "posterior_sample",
     dds: "posterior_sample",
     tmpd: "posterior_sample",
+    pigdm: "posterior_sample",
+    mmps: "posterior_sample",
+    ddnm: "posterior_sample",
+    daps: "posterior_sample",
     reddiff: "point_estimate",
     fbp: "point_estimate",
     tv: "point_estimate",
@@ -518,7 +545,7 @@ def test_a_step_is_a_pass_of_the_network(
     problem, prior = inpainting(generator, batch=2)
     counting = Counting(prior)
     sampler(problem, counting, generator=generator, **options)
-    passes = 2 if sampler is tmpd else 1
+    passes = {tmpd: 2, daps: 5}.get(sampler, 1)
     assert counting.images == 2 * passes * STEPS
 
 
@@ -576,7 +603,7 @@ def test_what_the_mask_hides_shortens_the_steps_of_dps(generator: Generator) -> 
     close(short / short.norm(), long / long.norm())
 
 
-@pytest.mark.parametrize("sampler", [dps, diffpir, dds, tmpd])
+@pytest.mark.parametrize("sampler", [dps, diffpir, dds, tmpd, pigdm, mmps, ddnm, daps])
 def test_levels_can_be_given(sampler: Sampler, generator: Generator) -> None:
     problem, prior = inpainting(generator)
     sigmas = karras_sigmas(STEPS, prior.sigma_min, prior.sigma_max).double()

@@ -2,9 +2,13 @@
 
 from .classical import fbp as fbp, tv as tv
 from .core import Kind as Kind, Sampler as Sampler
+from .daps import daps as daps
+from .ddnm import ddnm as ddnm
 from .dds import dds as dds
 from .diffpir import diffpir as diffpir
 from .dps import dps as dps
+from .mmps import mmps as mmps
+from .pigdm import pigdm as pigdm
 from .reddiff import reddiff as reddiff
 from .tmpd import tmpd as tmpd
 from .unconditional import heun as heun
