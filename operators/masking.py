@@ -1,7 +1,7 @@
 """Masks: inpainting, and every sampling pattern on a grid."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,7 +9,10 @@ from torch import Generator, Tensor
 
 from invsolve.shapes import X, Y
 
+from . import kernels
 from .base import LinearOperator
+
+Lines = Literal["rows", "columns"]
 
 
 @final
@@ -37,6 +40,8 @@ class Mask(LinearOperator):
             raise ValueError(
                 f"a mask's weights must be ≥ 0, but the least is {self.mask.min():.3g}"
             )
+        if self.mask.isinf().any():
+            raise ValueError("a mask's weights must be finite")
 
     @classmethod
     def random(
@@ -46,6 +51,106 @@ class Mask(LinearOperator):
         if not 0 < keep <= 1:
             raise ValueError(f"keep is a fraction between 0 and 1, got {keep}")
         return cls(torch.rand(shape, generator=generator) < keep)
+
+    @classmethod
+    def box(
+        cls,
+        shape: tuple[int, int],
+        size: tuple[int, int],
+        corner: tuple[int, int] | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> "Mask":
+        """A rectangle is hidden, all of it inside the image.
+
+        Args:
+            shape: (h, w) of the images.
+            size: (height, width) of the rectangle.
+            corner: (row, column) of its upper left pixel; or
+            generator: of its place, where every one is as likely; with neither of the
+                two it lies in the middle.
+        """
+        if corner is not None and generator is not None:
+            raise ValueError("give a box its corner or a generator of it, not both")
+        room = [n - m for n, m in zip(shape, size, strict=True)]
+        if min(*room, *(m - 1 for m in size)) < 0:
+            raise ValueError(f"a box of {size} does not fit into an image of {shape}")
+        if generator is not None:
+            top, left = (_below(most + 1, generator) for most in room)
+        else:
+            top, left = corner or (room[0] // 2, room[1] // 2)
+        if not (0 <= top <= room[0] and 0 <= left <= room[1]):
+            raise ValueError(
+                f"a box of {size} at {corner} reaches out of the image: its corner is "
+                f"at most {tuple(room)}"
+            )
+        mask = torch.ones(shape)
+        mask[top : top + size[0], left : left + size[1]] = 0
+        return cls(mask)
+
+    @classmethod
+    def freeform(
+        cls,
+        shape: tuple[int, int],
+        hide: float,
+        strokes: int = 4,
+        *,
+        generator: Generator,
+    ) -> "Mask":
+        """Strokes of a round brush hide exactly round(hide·h·w) pixels: the nearest.
+
+        Every stroke is a path with a direction that wanders, as `kernels.motion` has
+        it, as long as the longer side and about a random pixel; all have one width.
+
+        Args:
+            shape: (h, w) of the images.
+            hide: the fraction of pixels hidden.
+            strokes: their number.
+            generator: of the strokes.
+        """
+        h, w = shape
+        if not 0 < hide < 1 or strokes < 1:
+            raise ValueError(
+                "hide is a fraction between 0 and 1, of at least one stroke, "
+                f"got {hide} and {strokes}"
+            )
+        pixels = torch.cartesian_prod(torch.arange(h), torch.arange(w)).double()
+        distance = torch.full((h * w,), torch.inf, dtype=torch.float64)
+        for _ in range(strokes):
+            theta = kernels.headings(max(shape), 3.0, generator)
+            middle = torch.tensor([_below(n, generator) for n in shape])
+            points = kernels.path(float(max(shape)), theta) + middle
+            distance = distance.minimum(torch.cdist(pixels, points).amin(1))
+        mask = torch.ones(h * w)
+        mask[distance.argsort(stable=True)[: round(hide * h * w)]] = 0
+        return cls(mask.reshape(shape))
+
+    @classmethod
+    def lines(
+        cls,
+        shape: tuple[int, int],
+        keep: float,
+        of: Lines = "rows",
+        *,
+        generator: Generator,
+    ) -> "Mask":
+        """Whole rows or columns are missing: exactly round(keep·n) of n are seen.
+
+        Args:
+            shape: (h, w) of the images.
+            keep: the fraction seen.
+            of: whether rows or columns.
+            generator: of the random choice.
+        """
+        if of not in get_args(Lines):
+            raise ValueError(f"lines are rows or columns, got {of!r}")
+        n = shape[get_args(Lines).index(of)]
+        if not 0 < keep <= 1 or round(keep * n) == 0:
+            raise ValueError(f"keep is a fraction between 1/{n} and 1, got {keep}")
+        order = torch.randperm(n, generator=generator, device=generator.device)
+        line = torch.zeros(n)
+        line[order[: round(keep * n)].cpu()] = 1
+        return cls((line[:, None] if of == "rows" else line).expand(shape).clone())
 
     @classmethod
     def cartesian(
@@ -121,3 +226,8 @@ class Mask(LinearOperator):
 
     def _mask(self, like: Tensor) -> Tensor:
         return self.mask.to(like.real.dtype)
+
+
+def _below(n: int, generator: Generator) -> int:
+    """A random number from 0 to n − 1."""
+    return int(torch.randint(n, (1,), generator=generator, device=generator.device))

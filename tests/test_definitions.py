@@ -40,62 +40,6 @@ def chords(A: ops.ParallelBeam, radius: float, x0: float = 0, y0: float = 0) -> 
     return 2 * (radius**2 - s**2).clamp_min(0).sqrt()
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (4, 2), (1, 1), (7, 9)], ids=str)
-def test_a_point_blurs_to_the_kernel(
-    shape: tuple[int, int], generator: Generator
-) -> None:
-    kernel = torch.randn(shape, dtype=float64, generator=generator)
-    point = torch.zeros(1, 1, 16, 20, dtype=float64)
-    point[0, 0, 8, 10] = 1
-    top, left = 8 - shape[0] // 2, 10 - shape[1] // 2
-    expected = torch.zeros_like(point)
-    expected[0, 0, top : top + shape[0], left : left + shape[1]] = kernel
-    assert_close(ops.Blur.from_kernel(kernel, (16, 20))(point), expected)
-
-
-def test_blur_wraps_around_the_edges() -> None:
-    point = torch.zeros(1, 1, 5, 6, dtype=float64)
-    point[0, 0, 0, 5] = 1
-    kernel = torch.tensor([[1.0, 2.0, 4.0]], dtype=float64)
-    row = ops.Blur.from_kernel(kernel, (5, 6))(point)[0, 0, 0]
-    assert_close(row, torch.tensor([4.0, 0, 0, 0, 1, 2], dtype=float64))
-
-
-@pytest.mark.parametrize("width", [0.8, 1.5, 3.0])
-def test_a_gaussian_blurs_by_its_width(width: float) -> None:
-    n = 41
-    point = torch.zeros(1, 1, n, n, dtype=float64)
-    point[0, 0, n // 2, n // 2] = 1
-    k = ops.Blur.gaussian(width, (n, n))(point)[0, 0]
-    x, y = pixel_centres(n, 1.0)
-    assert float(k.sum()) == pytest.approx(1, rel=1e-6)
-    assert float((k * x**2).sum()) == pytest.approx(width**2, rel=5e-3)
-    assert float((k * y**2).sum()) == pytest.approx(width**2, rel=5e-3)
-    ratio = k[n // 2 + 1, n // 2 + 2] / k[n // 2, n // 2]
-    assert float(ratio.log()) == pytest.approx(-5 / (2 * width**2), rel=1e-4)
-
-
-def test_blurs_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"kernel \(9×3\) is larger than the image"):
-        ops.Blur.from_kernel(torch.ones(9, 3), (8, 8))
-    with pytest.raises(ValueError, match="width must be > 0"):
-        ops.Blur.gaussian(0.0, (8, 8))
-
-
-def test_downsample_is_the_mean_of_blocks(generator: Generator) -> None:
-    x = torch.randn(2, 3, 6, 9, dtype=float64, generator=generator)
-    y = ops.Downsample(3, (6, 9))(x)
-    assert y.shape == (2, 3, 2, 3)
-    assert_close(y[1, 2, 1, 0], x[1, 2, 3:6, 0:3].mean())
-    assert_close(y[0, 1, 0, 2], x[0, 1, 0:3, 6:9].mean())
-
-
-@pytest.mark.parametrize("factor", [0, 4])
-def test_a_factor_that_does_not_divide_is_refused(factor: int) -> None:
-    with pytest.raises(ValueError, match="does not divide"):
-        ops.Downsample(factor, (6, 8))
-
-
 @pytest.mark.parametrize("shape", [(6, 8), (5, 7), (5, 8)], ids=str)
 class TestFourier:
     def test_a_constant_goes_to_the_middle(self, shape: tuple[int, int]) -> None:
@@ -158,20 +102,6 @@ def test_impossible_cartesian_masks_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="lower the acceleration or the centre"):
         ops.Mask.cartesian((8, 32), acceleration, centre, generator=generator)
-
-
-def test_a_random_mask_keeps_its_fraction(generator: Generator) -> None:
-    n, keep = 100 * 100, 0.3
-    kept = ops.Mask.random((100, 100), keep, generator=generator).mask.mean()
-    assert abs(float(kept) - keep) < 4 * (keep * (1 - keep) / n) ** 0.5  # k = 4
-
-
-def test_masks_that_make_no_sense_are_refused(generator: Generator) -> None:
-    with pytest.raises(ValueError, match="weights must be ≥ 0"):
-        ops.Mask(torch.tensor([1.0, -0.5]))
-    for keep in (0.0, 1.5):
-        with pytest.raises(ValueError, match="fraction between 0 and 1"):
-            ops.Mask.random((4, 4), keep, generator=generator)
 
 
 @pytest.mark.parametrize(("x0", "y0"), [(0.0, 0.0), (9.0, 6.0), (-4.0, 11.0)])
