@@ -8,20 +8,20 @@ angle γ from its centre is the parallel ray of angle θ − γ at s = R sin γ,
 measured again at (θ + π − 2γ, −γ).
 """
 
-from math import asin, ceil, degrees, hypot, log2, pi
+from math import asin, ceil, degrees, hypot, log2, pi, prod
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import embedding_bag, pad
 
 Window = Literal["ram-lak", "shepp-logan", "cosine", "hann"]
 Angles = Float[Tensor, " views"]
 Sinogram = Float[Tensor, "*batch views columns"]
 Projections = Float[Tensor, "*batch views rows columns"]
 
-SAMPLES = 2**23
+SAMPLES = 2**21
 """Values interpolated at once, which bounds the memory of a back-projection."""
 
 MISSING = 3
@@ -57,9 +57,9 @@ def fbp_parallel(
     ys, xs = -_elements(shape[0], pixel_mm, y), _elements(shape[1], pixel_mm, y)
     theta = angles.to(y)[:, None, None]
     u = xs * theta.cos() + ys[:, None] * theta.sin()
-    index = ((u - offset_mm) / detector_mm + (y.shape[-1] - 1) / 2)[:, None]
-    x = _sum_views(filtered[..., None, :], index, torch.zeros_like(index), None)
-    return x[..., 0, :, :]
+    index = (u - offset_mm) / detector_mm + (y.shape[-1] - 1) / 2
+    one = torch.ones_like(theta)[:, None]
+    return _sum_views(filtered[..., None, :], None, index[:, None], one)[..., 0, :, :]
 
 
 def fbp_fan(
@@ -166,16 +166,12 @@ def fdk(
                 f"{degrees(arc):.0f}°: use cgls, sirt, tv or a prior"
             )
         weight = share[:, None] * parker(beta[:, None], gamma.to(share), arc)
-    cosine = (
-        gamma.cos() / (1 + (v / D) ** 2).sqrt()
-        if curved
-        else D / (D**2 + u**2 + v**2).sqrt()
-    )
+    side = v * gamma.cos() if not curved else v
+    cosine = gamma.cos() / (1 + (side / D) ** 2).sqrt()
     weighted = y * cosine * weight.to(y)[:, None, :]
-    if curved:
-        filtered = ramp_filter(weighted, du / D, window, curved=True)
-    else:
-        filtered = ramp_filter(weighted, du * R / D, window)
+    # The flat detector is filtered as if it stood at the axis, the curved one in angle.
+    pitch = du / D if curved else du * R / D
+    filtered = ramp_filter(weighted, pitch, window, curved=curved)
 
     zs, xs = (_elements(shape[i], voxel_mm[i], y) for i in (0, 2))
     ys = -_elements(shape[1], voxel_mm[1], y)[:, None]
@@ -188,7 +184,10 @@ def fdk(
     index_u = (seen_u - offset_mm[1]) / du + (columns - 1) / 2
     index_v = (seen_v - offset_mm[0]) / dv + (rows - 1) / 2
     factor = R * distance**-2 if curved else (R / depth) ** 2
-    return _sum_views(filtered, index_u[:, None], index_v, factor[:, None])
+    flat = rows == shape[0] == 1 and offset_mm[0] == 0
+    return _sum_views(
+        filtered, None if flat else index_v, index_u[:, None], factor[:, None]
+    )
 
 
 def shares(angles: Angles, period: float) -> tuple[Angles, Angles, float]:
@@ -280,27 +279,54 @@ def _elements(count: int, pitch: float, like: Tensor) -> Tensor:
 
 
 def _sum_views(
-    filtered: Projections, index_u: Tensor, index_v: Tensor, factor: Tensor | None
+    filtered: Projections, index_v: Tensor | None, index_u: Tensor, factor: Tensor
 ) -> Float[Tensor, "*batch d h w"]:
     """Σ over views of factor × the projection, interpolated linearly at the indices.
 
-    The indices and the factor are (views, d or 1, h, w). Beyond its border a projection
-    falls to 0 within one element.
+    Indices and factor are (views, d or 1, h or 1, w or 1). Beyond its border a
+    projection falls to 0 within one element. A single row needs no index v.
     """
     *batch, views, rows, columns = filtered.shape
-    images = filtered.reshape(-1, views, rows, columns).movedim(0, 1)
-    index_u, index_v = torch.broadcast_tensors(index_u, index_v)
-    d, h, w = index_u.shape[1:]
-    grid = torch.stack(
-        [(2 * index_u + 1) / columns - 1, (2 * index_v + 1) / rows - 1], dim=-1
-    ).reshape(views, d * h, w, 2)
-    x = filtered.new_zeros(images.shape[1], d, h, w)
-    step = max(1, SAMPLES // max(1, x.numel()))
-    for at in range(0, views, step):
-        some = slice(at, at + step)
-        seen = grid_sample(images[some], grid[some], align_corners=False)
-        seen = seen.reshape(-1, *x.shape)
-        if factor is not None:
-            seen = seen * factor[some, None]
-        x = x + seen.sum(0)
-    return x.reshape(*batch, d, h, w)
+    border = (1, 1) if index_v is None else (1, 1, 1, 1)
+    images = pad(filtered, border)
+    stride = columns + 2
+    size = images.shape[-2] * stride
+    images = images.reshape(-1, views, size)
+    shape = torch.broadcast_shapes(index_u.shape, factor.shape)
+    if index_v is not None:
+        shape = torch.broadcast_shapes(shape, index_v.shape)
+    voxels = prod(shape[1:])
+    total = images.new_zeros(voxels, len(images))
+    step = max(1, SAMPLES // (4 * voxels))
+    for start in range(0, views, step):
+        some = slice(start, start + step)
+        table = images[:, some].flatten(1).T.contiguous()
+        # A voxel is a bag of two or four elements in each view; all images share it.
+        low, part = _between(index_u[some], columns)
+        first = torch.arange(len(low), dtype=torch.int32, device=low.device) * size
+        low = low + first.reshape(-1, 1, 1, 1)
+        bag = [(low, factor[some] * (1 - part)), (low + 1, factor[some] * part)]
+        if index_v is not None:
+            low, part = _between(index_v[some], rows)
+            bag = [(i + low * stride, w * (1 - part)) for i, w in bag] + [
+                (i + (low + 1) * stride, w * part) for i, w in bag
+            ]
+        full = (len(bag), len(first), *shape[1:])
+        index, weight = (
+            torch.stack(torch.broadcast_tensors(*parts)).expand(full)
+            for parts in zip(*bag, strict=True)
+        )
+        total = total + embedding_bag(
+            index.reshape(-1, voxels).T.contiguous(),
+            table,
+            per_sample_weights=weight.reshape(-1, voxels).T.contiguous(),
+            mode="sum",
+        )
+    return total.T.reshape(*batch, *shape[1:])
+
+
+def _between(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The element below, of a row with a 0 at either end, and how far above it is."""
+    place = (index + 1).clamp(0, count + 1)
+    low = place.floor().clamp_max(count)
+    return low.int(), place - low
