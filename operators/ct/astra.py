@@ -1,0 +1,173 @@
+"""Projections by ASTRA (van Aarle et al. 2016), the only place that imports it.
+
+ASTRA's rows count downwards against its y in two dimensions, and upwards with its y in
+three: each has vectors of its own here.
+"""
+
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .rays import Scan
+
+
+def has_cuda() -> bool:
+    """Whether ASTRA is there and finds a GPU at run time.
+
+    Without a driver its CUDA calls end the process, or leave their output as it was, so
+    that none may be made unless this is true.
+    """
+    try:
+        import astra
+    except ImportError:
+        return False
+    return bool(astra.use_cuda())
+
+
+def project(scan: Scan, items: Tensor, *, forward: bool) -> Tensor:
+    """A, or Aᵀ up to ASTRA's model, of each item where it lies, in float32.
+
+    Args:
+        scan: its detector must be flat.
+        items: (items, *image) or (items, *measurements), contiguous or not.
+        forward: whether A.
+    """
+    astra = _import_astra()
+    on_gpu = items.is_cuda and has_cuda()
+    if scan.curved:
+        raise ValueError("ASTRA's detectors are flat here: use backend='matrix'")
+    if len(scan.shape) == 3 and not on_gpu:
+        raise ValueError(
+            "ASTRA projects cone beams on a GPU only: use backend='auto' or 'matrix'"
+        )
+    given = items.to(torch.float32)
+    if on_gpu and scan.is_parallel:  # all slices are one volume, all rows one detector
+        return _run(astra, scan, given[None].contiguous(), len(items), forward)[0]
+    if len(scan.shape) == 3:  # ASTRA has the detector's rows first, then the views
+        given = (given if forward else given.transpose(1, 2)).contiguous()
+        out = _run(astra, scan, given, 0, forward)
+        return out.transpose(1, 2) if forward else out
+    return _run(astra, scan, given.contiguous(), 0, forward)
+
+
+def _run(astra: Any, scan: Scan, given: Tensor, slices: int, forward: bool) -> Tensor:
+    """Each item by one call; on a GPU neither given nor made leaves it."""
+    device = given.device
+    if len(scan.shape) == 3:
+        views, (rows, columns) = len(scan.angles), scan.detectors
+        shape = (rows, views, columns) if forward else scan.shape
+    else:
+        shape = (len(scan.angles), *scan.detectors) if forward else scan.shape
+        shape = (slices, *shape) if slices else shape
+    # What a failed call leaves behind shall be seen.
+    out = torch.full((len(given), *shape), torch.nan, device=device)
+    with torch.cuda.device(device) if given.is_cuda else nullcontext():
+        if given.is_cuda:
+            astra.set_gpu_index(device.index)
+            # ASTRA works in a stream of its own, and waits for it before it returns.
+            torch.cuda.current_stream(device).synchronize()
+        projector = _projector(scan, slices, device.index)
+        module = astra.projector3d if projector.is_3d else astra.projector
+        call = module.direct_FP if forward else module.direct_BP
+        for source, target in zip(given, out, strict=True):
+            if given.is_cuda:
+                call(projector.id, source, out=target)
+            else:
+                call(projector.id, source.numpy(), out=target.numpy())
+    return out
+
+
+class _Projector:
+    """An ASTRA projector that is deleted with the last reference to it."""
+
+    def __init__(self, module: Any, config: dict[str, Any], *, is_3d: bool) -> None:
+        self.id = module.create(config)
+        self.is_3d = is_3d
+        finalize(self, module.delete, self.id)
+
+
+@lru_cache(maxsize=16)
+def _projector(scan: Scan, slices: int, gpu: int | None) -> _Projector:
+    """On a GPU, or by ASTRA's model nearest to Joseph's on a CPU."""
+    astra = _import_astra()
+    beam = "parallel" if scan.is_parallel else "fanflat"
+    if len(scan.shape) == 2 and not slices:
+        h, w = scan.shape
+        half_h, half_w = h * scan.spacing[0] / 2, w * scan.spacing[1] / 2
+        volume = astra.create_vol_geom(h, w, -half_w, half_w, -half_h, half_h)
+        beams = astra.create_proj_geom(
+            f"{beam}_vec", scan.detectors[0], vectors_2d(scan)
+        )
+        on_cpu = "linear" if scan.is_parallel else "line_fanflat"
+        kind = on_cpu if gpu is None else "cuda"
+        config = {
+            "type": kind,
+            "VolumeGeometry": volume,
+            "ProjectionGeometry": beams,
+        }
+        return _Projector(astra.projector, config, is_3d=False)
+    d, h, w = scan.shape if len(scan.shape) == 3 else (slices, *scan.shape)
+    z, y, x = scan.spacing if len(scan.shape) == 3 else (1.0, *scan.spacing)
+    rows = scan.detectors[0] if len(scan.detectors) == 2 else slices
+    box = [side / 2 for mm, n in ((x, w), (y, h), (z, d)) for side in (-mm * n, mm * n)]
+    volume = astra.create_vol_geom(h, w, d, *box)
+    beam = "parallel3d" if scan.is_parallel else "cone"
+    beams = astra.create_proj_geom(
+        f"{beam}_vec", rows, scan.detectors[-1], vectors_3d(scan)
+    )
+    config = {
+        "type": "cuda3d",
+        "VolumeGeometry": volume,
+        "ProjectionGeometry": beams,
+    }
+    return _Projector(astra.projector3d, config, is_3d=True)
+
+
+def vectors_2d(scan: Scan) -> np.ndarray:
+    """(views, 6): the ray or the source, the detector's centre, and a step along it.
+
+    In (x, y), with y up.
+    """
+    parts = _in_plane(scan)
+    return np.concatenate([part[:, ::-1] * [1, -1] for part in parts], axis=1)
+
+
+def vectors_3d(scan: Scan) -> np.ndarray:
+    """(views, 12): as in 2D, then a step along the detector's rows.
+
+    In (x, y, z), with y down, so that rows count upwards with it. A slice of a 2D scan
+    is 1 mm thick.
+    """
+    heights = np.zeros((len(scan.angles), 3, 1))
+    step = 1.0
+    if len(scan.shape) == 3:
+        z, step = scan.heights(), scan.pitch[0]
+        heights[:, 0, 0], heights[:, 1, 0] = z, z + scan.offset[0]
+    parts = np.stack([part[:, ::-1] for part in _in_plane(scan)], axis=1)
+    table = np.concatenate([parts, heights], axis=2).reshape(-1, 9)
+    upwards = np.broadcast_to([0, 0, step], (len(table), 3))
+    return np.concatenate([table, upwards], axis=1)
+
+
+def _in_plane(scan: Scan) -> list[np.ndarray]:
+    along, across = scan.frames()
+    centre, step = scan.offset[-1] * across, scan.pitch[-1] * across
+    if scan.is_parallel:
+        return [along, centre, step]
+    source = -scan.source_to_axis * along
+    return [source, source + scan.source_to_detector * along + centre, step]
+
+
+def _import_astra() -> Any:
+    try:
+        import astra
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "backend='astra' needs ASTRA: pip install 'invsolve[ct]'"
+        ) from error
+    return astra

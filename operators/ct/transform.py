@@ -1,0 +1,114 @@
+"""What all geometries share: line integrals, by whichever backend suits."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+
+from invsolve.shapes import X, Y
+
+from ..base import LinearOperator
+from . import astra, joseph
+from .rays import Scan
+
+Backend = Literal["auto", "matrix", "matrix-free", "astra"]
+
+MATRIX_BYTES = 2**31
+"""Above so much memory ``backend="auto"`` does without the matrix."""
+
+
+class RayTransform(LinearOperator):
+    """y = ∫ x dl along the rays of a scan: x in 1/mm, y without a unit.
+
+    The operator works where its angles lie: ``A.to(device)`` moves it. By ``backend``:
+
+    - ``matrix`` keeps A and Aᵀ as sparse matrices of Joseph's weights: exact adjoint,
+      any device, float32 and float64, and the fastest on a CPU. `matrix_bytes` tells
+      beforehand what they take; one that takes long to build is kept on disk (`cache`).
+    - ``matrix-free`` builds the same matrix block by block each time it is applied: the
+      same numbers, slowly, on the CPU, with little memory. Give it large batches.
+    - ``astra`` projects with ASTRA (GPL-3, ``pip install 'invsolve[ct]'``), in float32.
+      On a CPU that is slice by slice and for 2D only; with CUDA it is fast, and its
+      adjoint is only approximate (see `adjoint_is_exact`).
+    - ``auto`` is ASTRA where that has CUDA and the operator is on a GPU; else the
+      matrix as long as it takes less than 2 GiB, and matrix-free beyond.
+    """
+
+    angles: Float[Tensor, " views"]
+    backend: Backend
+
+    @abstractmethod
+    def _scan(self) -> Scan:
+        """The geometry in plain numbers."""
+
+    @cached_property
+    def scan(self) -> Scan:
+        """The geometry in plain numbers."""
+        return self._scan()
+
+    @property
+    def matrix_bytes(self) -> int:
+        """What A and Aᵀ take at most as float32 matrices, in bytes; builds nothing."""
+        return joseph.matrix_bytes(self.scan)
+
+    @property
+    def adjoint_is_exact(self) -> bool:
+        """False where ASTRA projects with CUDA: its back-projector is another model."""
+        return not (self._chosen() == "astra" and self._on_gpu())
+
+    def apply(self, x: X) -> Y:
+        return _Project.apply(x, self._forward, self._backward)
+
+    def adjoint(self, y: Y) -> X:
+        return _Project.apply(y, self._backward, self._forward)
+
+    def _on_gpu(self) -> bool:
+        return self.angles.is_cuda and astra.has_cuda()
+
+    def _chosen(self) -> Backend:
+        if self.backend != "auto":
+            return self.backend
+        if self._on_gpu() and not self.scan.curved:
+            return "astra"
+        return "matrix" if self.matrix_bytes <= MATRIX_BYTES else "matrix-free"
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._project(x, self.image_shape, self.measurement_shape, forward=True)
+
+    def _backward(self, y: Tensor) -> Tensor:
+        return self._project(y, self.measurement_shape, self.image_shape, forward=False)
+
+    def _project(
+        self, t: Tensor, given: tuple[int, ...], made: tuple[int, ...], *, forward: bool
+    ) -> Tensor:
+        leading = t.shape[: t.ndim - len(given)]
+        match self._chosen():
+            case "astra":
+                where = self.angles.device if self._on_gpu() else "cpu"
+                items = t.detach().to(where).reshape(-1, *given)
+                out = astra.project(self.scan, items, forward=forward).to(t)
+            case "matrix-free":
+                blocks = joseph.apply_in_blocks if forward else joseph.adjoint_in_blocks
+                out = blocks(self.scan, t.reshape(-1, prod(given)))
+            case _:
+                A, At = joseph.matrices(self.scan, t.dtype, t.device)
+                out = joseph.multiply(A if forward else At, t.reshape(-1, prod(given)))
+        return out.reshape(*leading, *made)
+
+
+class _Project(Function):
+    """A linear map whose gradient is its adjoint, and the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, there: Callable, back: Callable) -> Tensor:
+        ctx.there, ctx.back = there, back
+        return there(t)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return _Project.apply(grads[0], ctx.back, ctx.there), None, None
