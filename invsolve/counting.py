@@ -59,7 +59,10 @@ def counted(operator: Operator, tally: Tally) -> Operator:
 
 @final
 class CountedOperator(Operator):
-    """A nonlinear operator that counts: a vjp counts as an apply and an adjoint."""
+    """A nonlinear operator that counts.
+
+    A vjp counts as an apply and an adjoint, and a guess as one closed form.
+    """
 
     def __init__(self, inner: Operator, tally: Tally) -> None:
         self.inner, self.tally = inner, tally
@@ -72,6 +75,27 @@ class CountedOperator(Operator):
         self.tally.applies += len(x)
         self.tally.adjoints += len(x)
         return self.inner.vjp(x, v)
+
+    def guess(self, y: Y) -> X:
+        self.tally.closed_forms += len(y)
+        return self.inner.guess(y)
+
+    def image_like(self, y: Y) -> X:
+        return self.inner.image_like(y)
+
+    def check_image(self, x: Tensor) -> None:
+        self.inner.check_image(x)
+
+    def check_measurements(self, y: Tensor) -> None:
+        self.inner.check_measurements(y)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.inner.image_shape
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        return self.inner.measurement_shape
 
 
 @final

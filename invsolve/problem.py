@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .operators import (
     GaussianNoise,
@@ -13,21 +13,26 @@ from .operators import (
     Noise,
     Operator,
 )
+from .operators.base import Rescale
+from .operators.bridge import as_operator
 from .priors import AffineMap
+from .random import randn_like
 from .shapes import PerItem, X
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class InverseProblem:
     """Measurements y with the operator and the noise that made them.
 
     Args:
         y: (batch, …), as ``operator`` gives them.
-        operator: A, the same for every item.
+        operator: A, the same for every item: one of ours, a physics of deepinv's, or
+            any object with ``A(x)`` and ``A_adjoint(y)``, which becomes one of ours.
         noise: p(y | A(x)), in the measurements' unit.
 
     Raises:
+        TypeError: ``operator`` is none of these.
         ValueError: y is not finite, or not what the operator or the noise can give.
     """
 
@@ -35,7 +40,10 @@ class InverseProblem:
     operator: Operator
     noise: Noise
 
-    def __post_init__(self) -> None:
+    def __init__(self, y: Tensor, operator: object, noise: Noise) -> None:
+        object.__setattr__(self, "y", y)
+        object.__setattr__(self, "operator", as_operator(operator))
+        object.__setattr__(self, "noise", noise)
         if not (self.y.is_floating_point() or self.y.is_complex()):
             raise ValueError(f"measurements must be floating point, got {self.y.dtype}")
         bad = int((~self.y.isfinite()).sum())
@@ -52,10 +60,14 @@ class InverseProblem:
         """The operator, if it is linear; else a ValueError that names a way out."""
         if not isinstance(self.operator, LinearOperator):
             raise ValueError(
-                "this needs a linear operator, and the problem's is not: use reddiff, "
-                "with an image as its init and a prior in the image's own unit"
+                "this needs a linear operator, and the problem's is not: use reddiff "
+                "(by adam or sgd) or dps"
             )
         return self.operator
+
+    def image_like(self) -> X:
+        """Zeros of the shape, dtype and device of the images."""
+        return self.operator.image_like(self.y)
 
     def misfit(self, x: X) -> PerItem:
         """−log p(y | x), up to a constant."""
@@ -86,11 +98,16 @@ class InverseProblem:
     def seen_through(self, map: AffineMap) -> "InverseProblem":
         """The problem of u, where x = scale·u + offset: y − A(offset) = scale·A u.
 
-        The measurements' unit, and so the noise, stay as they are.
+        The measurements' unit, and so the noise, stay as they are. A nonlinear A
+        becomes u ↦ A(scale·u + offset), and y stays too.
         """
         if map.scale == 1 and map.offset == 0:
             return self
-        A = self.linear
+        if not isinstance(self.operator, LinearOperator):
+            return replace(
+                self, operator=self.operator @ Rescale(map.scale, map.offset)
+            )
+        A = self.operator
         like = A.adjoint(self.y)
         if map.offset == 0:
             return InverseProblem(self.y, map.scale * A, self.noise)
@@ -102,10 +119,27 @@ class InverseProblem:
         shifted = self.y - A.apply(torch.full_like(like, map.offset))
         return InverseProblem(shifted, map.scale * A, self.noise)
 
+    def without_hidden(self, like: X) -> "InverseProblem":
+        """The problem with 0 for what was measured of nothing, if A is linear.
+
+        Such measurements (of masked pixels, of rays past the image) are noise alone,
+        which a norm of the residual should not count.
+
+        Args:
+            like: any image, of which the shape, dtype and device are used.
+        """
+        if not isinstance(self.operator, LinearOperator):
+            return self
+        # Of a random image, nothing but an empty row of A makes exactly 0.
+        Ax = self.operator.apply(randn_like(like, Generator().manual_seed(0)))
+        return replace(self, y=torch.where(Ax == 0, 0, self.y))
+
     def items(self, index: Tensor) -> "InverseProblem":
         """The problem of some of the batch's items; an item may be named repeatedly."""
         return replace(self, y=self.y[index.to(self.y.device)])
 
     def to(self, device: torch.device) -> "InverseProblem":
         """The same problem on a device."""
-        return replace(self, y=self.y.to(device), operator=self.operator.to(device))
+        return InverseProblem(
+            self.y.to(device), self.operator.to(device), self.noise.to(device)
+        )

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from .counting import CountedPrior, Tally, counted, peak_memory
-from .operators import LinearOperator
 from .priors import AffineMap, Prior
 from .problem import InverseProblem
 from .random import spawn
@@ -99,11 +98,12 @@ def solve(
             CPU, all on a GPU; halved whenever memory runs out.
         device: where to compute; where the measurements are unless given.
         progress: wraps the sampler's loop, as ``tqdm`` does.
-        **options: the sampler's own; a misspelt one is a TypeError.
+        **options: the sampler's own; a misspelt one is a TypeError. An image as
+            ``init`` is in the image's own unit, one for each item.
 
     Raises:
-        ValueError: the prior cannot take the problem's images, or the result is not
-            finite.
+        ValueError: the prior cannot take the problem's images, ``init`` is not one
+            image for each item, or the result is not finite.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
@@ -114,8 +114,16 @@ def solve(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     local = problem.to(device)
-    if isinstance(local.operator, LinearOperator) and prior is not None:
-        prior.check(tuple(local.operator.adjoint(local.y[:1]).shape[1:]))
+    init = options.get("init")
+    if isinstance(init, Tensor) and len(init) != len(problem.y):
+        raise ValueError(
+            f"init has {len(init)} images for {len(problem.y)} measurements: give one "
+            "for each"
+        )
+    if prior is not None:
+        given = isinstance(init, Tensor)
+        like = init if given else local.operator.image_like(local.y[:1])
+        prior.check(tuple(like.shape[1:]))
     map = AffineMap(1.0, 0.0)
     inner = prior
     if prior is not None:
@@ -131,6 +139,8 @@ def solve(
     while at < len(items):
         now = slice(at, at + size)
         states = [g.get_state() for g in streams[now]]
+        if isinstance(init, Tensor):
+            options["init"] = map.inverse(init[items[now].to(init.device)].to(device))
         try:
             u = sampler(
                 local.items(items[now]),

@@ -235,8 +235,8 @@ class RicianNoise(Noise):
 
     Its Gaussian approximation, y ≈ z + σn, is what ``precision`` stands for. It holds
     for SNR z/σ > 3: there y is too large by σ²/2z in the mean (to a few per cent of
-    that), and its variance at least 0.93 σ². Below, dark regions come out too bright (at z = 0 by
-    1.25 σ): use a method that asks for ``nll_grad``.
+    that), and its variance at least 0.93 σ². Below, dark regions come out too bright,
+    at z = 0 by 1.25 σ: use a method that asks for ``nll_grad``.
 
     Args:
         sigma: σ, of the real and of the imaginary part, each, in the measurements'

@@ -1,6 +1,8 @@
 """The inverse problem: misfits, whitening, and the prior's range."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.testing import assert_close
 
 from invsolve import InverseProblem, operators as ops
 from invsolve.priors import AffineMap
+from invsolve.random import Randomness
 
 float64 = torch.float64
 SHAPE = (3, 1, 6, 8)
@@ -50,9 +53,20 @@ def nonlinear(g: Generator) -> InverseProblem:
     return problem(Square(), ops.GaussianNoise(0.3), g)
 
 
+def counted_light(g: Generator) -> InverseProblem:
+    """Photons of a nonlinear measurement: its range may have an offset all the same."""
+    return problem(Square() @ ops.Mask(1 + image(g)[0]), ops.TransmissionNoise(1e3), g)
+
+
+def sigma_of_each(g: Generator) -> InverseProblem:
+    """A σ for every ray."""
+    return problem(BEAM, ops.GaussianNoise(0.1 + torch.rand(4, 10, generator=g)), g)
+
+
 Make = Callable[[Generator], InverseProblem]
-LINEAR: list[Make] = [gaussian, transmission, poisson, mri]
-PROBLEMS: list[Make] = [*LINEAR, nonlinear]
+LINEAR: list[Make] = [gaussian, transmission, poisson, mri, sigma_of_each]
+NONLINEAR: list[Make] = [nonlinear, counted_light]
+PROBLEMS: list[Make] = [*LINEAR, *NONLINEAR]
 
 
 def dense(A: ops.LinearOperator) -> Tensor:
@@ -128,8 +142,8 @@ def test_prox_is_the_dense_solution(
 @pytest.mark.parametrize(
     ("make", "map"),
     [(make, AffineMap(0.25, 0.0)) for make in LINEAR]
-    + [(make, AffineMap(2.0, -0.7)) for make in (gaussian, mri)]
-    + [(make, AffineMap(1.0, 0.5)) for make in (gaussian, mri)]
+    + [(make, AffineMap(2.0, -0.7)) for make in (gaussian, mri, *NONLINEAR)]
+    + [(make, AffineMap(1.0, 0.5)) for make in (gaussian, mri, *NONLINEAR)]
     + [(make, AffineMap(1.0, 0.0)) for make in PROBLEMS],
 )
 def test_the_misfit_of_u_is_the_misfit_of_x(
@@ -150,8 +164,11 @@ def test_counts_cannot_be_shifted(generator: Generator) -> None:
 
 def test_a_nonlinear_problem_says_what_can_solve_it(generator: Generator) -> None:
     p = nonlinear(generator)
-    for ask in (p.whitened, lambda: p.seen_through(AffineMap(2.0, 0.0))):
-        with pytest.raises(ValueError, match=r"needs a linear operator.*use reddiff"):
+    x = image(generator)
+    for ask in (p.whitened, lambda: p.prox(x, 1.0, max_steps=1, rtol=0.0)):
+        with pytest.raises(
+            ValueError, match=r"needs a linear operator.*use reddiff.*or dps"
+        ):
             ask()
 
 
@@ -187,3 +204,82 @@ def test_moving_to_a_device_changes_nothing(generator: Generator) -> None:
     p = mri(generator)
     moved, x = p.to(torch.device("cpu")), image(generator)
     assert_close(moved.misfit(x), p.misfit(x))
+
+
+@final
+@dataclass(frozen=True)
+class Movable(ops.Noise):
+    """Noise that says where it is."""
+
+    place: str = "nowhere"
+
+    def sample(self, z: Tensor, *, generator: Randomness) -> Tensor:
+        return z
+
+    def nll(self, y: Tensor, z: Tensor) -> Tensor:
+        return (y - z).square().flatten(1).sum(1)
+
+    def nll_grad(self, y: Tensor, z: Tensor) -> Tensor:
+        return 2 * (z - y)
+
+    def precision(self, y: Tensor) -> float:
+        return 2.0
+
+    def to(self, device: torch.device) -> "Movable":
+        return Movable(device.type)
+
+
+def test_the_noise_moves_with_the_problem() -> None:
+    p = InverseProblem(torch.zeros(1, 1, 4, 10), BEAM, Movable())
+    assert p.to(torch.device("cpu")).noise == Movable("cpu")
+
+
+def test_what_was_measured_of_nothing_is_set_to_zero(generator: Generator) -> None:
+    """Hidden pixels and rays that miss the image, but nothing that A reaches."""
+    for p in (gaussian(generator), mri(generator)):
+        x = image(generator)
+        rows = dense(p.linear).abs().sum((0, 2)) > 0
+        if p.y.is_complex():
+            rows = rows.reshape(-1, 2).any(1)
+        reached = rows.reshape(p.y.shape[1:])
+        assert not reached.all()
+        expected = torch.where(reached, p.y, 0)
+        assert torch.equal(p.without_hidden(x).y, expected)
+    p = nonlinear(generator)
+    assert p.without_hidden(image(generator)) is p
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_a_problem_knows_its_images(make: Make, generator: Generator) -> None:
+    p = make(generator)
+    like = p.image_like()
+    assert like.shape == SHAPE and like.dtype == float64
+    assert not like.any()
+    assert p.seen_through(AffineMap(2.0, 0.0)).image_like().shape == SHAPE
+
+
+class Duck:
+    """An operator of another library: A and A_adjoint, and nothing else."""
+
+    def A(self, x: Tensor) -> Tensor:
+        return 2 * x.roll(1, -1)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return 2 * y.roll(-1, -1)
+
+
+def test_anything_with_an_adjoint_is_an_operator(generator: Generator) -> None:
+    x, y = torch.randn(2, *SHAPE, dtype=float64, generator=generator)
+    duck = Duck()
+    p = InverseProblem(y, duck, ops.GaussianNoise(0.5))
+    assert isinstance(p.operator, ops.LinearOperator)
+    assert_close(p.misfit_grad(x), duck.A_adjoint(duck.A(x) - y) / 0.25)
+    got = p.prox(x, 1.0, max_steps=10, rtol=1e-13)
+    assert_close(got, (duck.A_adjoint(y) / 0.25 + x) / (4 / 0.25 + 1))
+    assert p.items(torch.tensor([1])).operator is p.operator
+
+
+def test_what_has_none_is_no_operator() -> None:
+    nothing = torch.nn.Identity()
+    with pytest.raises(TypeError, match="Identity is no operator"):
+        InverseProblem(torch.zeros(SHAPE), nothing, ops.GaussianNoise(1.0))

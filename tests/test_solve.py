@@ -8,10 +8,12 @@ from typing import Any, final
 import pytest
 import torch
 from exact import PRIOR, PROBLEM, Matrix, image_prior, real
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from invsolve import InverseProblem, Solution, samplers, solve
-from invsolve.operators import GaussianNoise, Mask, Operator, ParallelBeam
+from invsolve.operators import Blur, GaussianNoise, Mask, Operator, ParallelBeam
+from invsolve.operators.base import Rescale
+from invsolve.operators.nonlinear import PhaseRetrieval, Saturate
 from invsolve.priors import Affine, AffineMap, EDMPrior, GaussianPrior, Prior
 from invsolve.shapes import Sigma, X, Y
 
@@ -218,7 +220,8 @@ def test_costs_of_dps_and_reddiff_are_exact(generator: Generator) -> None:
         )
         stats = run(samplers.dps, steps=STEPS).stats
         assert stats.network_forwards == stats.network_backwards == images * STEPS
-        assert stats.operator_applies == images * STEPS
+        # One more of either, before the first step: what images are, what is hidden.
+        assert stats.operator_applies == images * (STEPS + 1)
         assert stats.operator_adjoints == images * (STEPS + 1)
         stats = run(samplers.reddiff, steps=STEPS, antithetic=True).stats
         assert stats.network_forwards == 2 * images * STEPS
@@ -356,3 +359,148 @@ def test_progress_wraps_the_sampler_s_loop(generator: Generator) -> None:
 
     solve(problem, prior, samplers.dds, steps=STEPS, generator=seeded(), progress=watch)
     assert wrapped == [STEPS]
+
+
+# --- nonlinear operators
+
+
+def phaseless(generator: Generator) -> Operator:
+    return PhaseRetrieval.coded((4, 4), 4, generator=generator)
+
+
+def saturated(generator: Generator) -> Operator:
+    return Saturate() @ Blur.gaussian(0.5, (4, 4))
+
+
+NONLINEAR = [
+    pytest.param(partial(samplers.dps, steps=STEPS), id="dps"),
+    pytest.param(partial(samplers.reddiff, steps=STEPS), id="reddiff"),
+    pytest.param(
+        partial(samplers.reddiff, steps=STEPS, init="zeros", normalize="bayes"),
+        id="reddiff-zeros",
+    ),
+]
+nonlinear_samplers = pytest.mark.parametrize("sampler", NONLINEAR)
+measured = pytest.mark.parametrize("measure", [phaseless, saturated])
+Measure = Callable[[Generator], Operator]
+
+
+@nonlinear_samplers
+@measured
+def test_nonlinear_problems_need_no_init_and_know_no_chunks(
+    sampler: Callable[..., Tensor], measure: Measure, generator: Generator
+) -> None:
+    prior, A = image_prior(generator), measure(generator)
+    y = A(prior.sample(2, generator=generator))
+    problem = InverseProblem(y, A, GaussianNoise(0.1))
+    whole, *others = (
+        solve(problem, prior, sampler, samples=3, generator=seeded(), chunk=chunk)
+        for chunk in (None, 1, 4)
+    )
+    assert whole.samples.shape == (3, 2, 1, 4, 4)
+    assert whole.samples.dtype == torch.float64
+    for other in others:
+        close(other.samples, whole.samples)
+
+
+@nonlinear_samplers
+@measured
+def test_nonlinear_problems_are_solved_in_the_prior_s_range(
+    sampler: Callable[..., Tensor], measure: Measure, generator: Generator
+) -> None:
+    """A(x) with x = cu + b is a problem of u, and a step in u is a step in u."""
+    inner, A, map = image_prior(generator), measure(generator), AffineMap(0.3, 0.4)
+    y = A(map(inner.sample(2, generator=generator)))
+    noise = GaussianNoise(0.1)
+    in_x = solve(
+        InverseProblem(y, A, noise), Affine(inner, map), sampler, generator=seeded()
+    )
+    of_u = InverseProblem(y, A @ Rescale(0.3, 0.4), noise)
+    in_u = solve(of_u, inner, sampler, generator=seeded())
+    torch.testing.assert_close(
+        in_x.samples, map(in_u.samples), rtol=1e-6, atol=1e-6 * map.scale
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "bound"),
+    [
+        (samplers.reddiff, {"steps": 100, "lr": 0.1, "lam": 0.05}, 1e-3),
+        (samplers.dps, {"steps": 400, "zeta": 0.1}, 0.01),
+    ],
+)
+def test_what_overflowed_is_filled_in(
+    sampler: Callable[..., Tensor],
+    options: dict[str, Any],
+    bound: float,
+    generator: Generator,
+) -> None:
+    """Better than by y/c; most of what did not overflow stays close to it.
+
+    Not all: an estimate that overflows where y does not has no gradient back.
+    """
+    prior, A = image_prior(generator), Saturate()
+    x = prior.sample(8, generator=generator)
+    y = A(x)
+    clipped = y.abs() == 1
+    assert 0.2 < clipped.double().mean() < 0.9
+    problem = InverseProblem(y, A, GaussianNoise(0.01))
+    got = solve(problem, prior, sampler, generator=seeded(), **options).samples[0]
+    error = (got - x).square()
+    naive = (y / 2 - x).square()
+    assert error[clipped].mean() < 0.75 * naive[clipped].mean()
+    assert error[~clipped].median() < bound
+
+
+def test_costs_of_nonlinear_problems_are_exact(generator: Generator) -> None:
+    """A guess counts as a closed form; a step of DPS applies A, pulls back through A."""
+    prior, A = image_prior(generator), phaseless(generator)
+    y = A(prior.sample(2, generator=generator))
+    rescaled = Affine(prior, AffineMap(0.5, 0.1))
+    problem = InverseProblem(y, A, GaussianNoise(0.1))
+    run = partial(solve, problem, rescaled, steps=STEPS, generator=seeded())
+    stats = run(samplers.reddiff).stats
+    assert (stats.closed_forms, stats.operator_adjoints) == (2, 2 * STEPS)
+    stats = run(samplers.dps).stats
+    assert stats.closed_forms == 0
+    assert stats.operator_applies == 2 * 2 * STEPS
+    assert stats.operator_adjoints == 2 * STEPS
+    for sampler in (samplers.diffpir, samplers.dds, samplers.tmpd):
+        with pytest.raises(ValueError, match=r"needs a linear operator.*reddiff.*dps"):
+            solve(problem, Cramped(rescaled, 0), sampler, generator=seeded())
+
+
+# --- an image to start from
+
+
+def test_an_init_is_split_by_chunks_and_is_in_the_image_s_unit(
+    generator: Generator,
+) -> None:
+    problem, inner = inpainting(generator, batch=3)
+    map = AffineMap(0.3, 0.4)
+    init = map(inner.sample(3, generator=generator))
+    prior = Affine(inner, map)
+    run = partial(solve, problem, prior, samplers.reddiff, samples=2, init=init)
+    still = run(generator=seeded(), steps=STEPS, lr=0.0)
+    for sample in still.samples:
+        close(sample, init)
+    whole, *others = (
+        run(generator=seeded(), steps=STEPS, chunk=chunk) for chunk in (None, 1, 2, 4)
+    )
+    for other in others:
+        close(other.samples, whole.samples)
+
+
+def test_an_init_is_one_image_for_each_item(generator: Generator) -> None:
+    problem, prior = inpainting(generator)
+    run = partial(solve, problem, prior, samplers.reddiff, generator=seeded())
+    with pytest.raises(ValueError, match="init has 3 images for 2 measurements"):
+        run(init=torch.zeros(3, 1, 4, 4))
+    with pytest.raises(ValueError, match="divisible by 8"):
+        solve(
+            problem,
+            EDMPrior(nn.Identity(), multiple_of=8),
+            samplers.reddiff,
+            init=torch.zeros(2, 1, 4, 4),
+            generator=seeded(),
+        )

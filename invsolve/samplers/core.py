@@ -91,5 +91,5 @@ def start(like: X, sigma: Tensor, generator: Randomness) -> X:
 
 
 def image_like(problem: InverseProblem) -> X:
-    """A tensor of the images' shape, dtype and device."""
-    return torch.zeros_like(problem.linear.adjoint(problem.y))
+    """Zeros of the images' shape, dtype and device, of a problem that must be linear."""
+    return problem.linear.image_like(problem.y)

@@ -13,7 +13,7 @@ from ..priors.schedules import ddpm_sigmas
 from ..problem import InverseProblem
 from ..random import Randomness
 from ..shapes import X, per_item
-from .core import Progress, ddim, gives, image_like, start, transitions
+from .core import Progress, ddim, gives, start, transitions
 
 
 @gives("steered")
@@ -32,11 +32,13 @@ def dps(
 
     x ← DDIM(η)(x, D) − ζ ∇_x ‖y − A(D(x; σ))‖₂, for the variance-preserving state. The
     norm is each item's own (the authors' code takes the batch's, so that its results
-    depend on what else is in the batch), and D is not clipped. It depends on the noise
-    only through ζ, and fits the data closer than their noise: no posterior.
+    depend on what else is in the batch), and D is not clipped. Measurements that no
+    image reaches (of masked pixels, of rays past the image) are not part of it. It
+    depends on the noise only through ζ, and fits the data closer than their noise: no
+    posterior.
 
     Args:
-        problem: linear; any noise will do.
+        problem: what was measured, and how; the operator may be nonlinear.
         prior: a denoiser that can be differentiated.
         steps: how many, at evenly spaced steps of the DDPM schedule.
         sigmas: the noise levels instead, highest first.
@@ -49,7 +51,8 @@ def dps(
     Returns:
         One image for each item of y.
     """
-    like = image_like(problem)
+    like = problem.image_like()
+    problem = problem.without_hidden(like)
     if sigmas is None:
         sigmas = ddpm_sigmas(steps).clamp(prior.sigma_min, prior.sigma_max)
     sigmas = sigmas.to(like.device, like.dtype)

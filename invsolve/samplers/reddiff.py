@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
 from ..priors import Prior
 from ..priors.schedules import ddpm_sigmas
 from ..problem import InverseProblem
@@ -38,6 +37,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "inpainting-noisy": {"lam": 1.0, "lr": 0.25},
         "super-resolution-x4": {"lam": 0.25, "lr": 0.1},
         "deblurring": {"lam": 0.25, "lr": 0.5},
+        "nonlinear-deblurring": {"lam": 0.25, "lr": 0.5},
+        "phase-retrieval": {"lam": 0.25, "lr": 0.5},
+        "hdr": {"lam": 0.25, "lr": 0.5},
+        "jpeg": {"lam": 0.25, "lr": 0.5},
         "ct": {
             "steps": 25,
             "sigma_range": (0.03, 0.5),
@@ -117,7 +120,9 @@ def reddiff(
             ``bayes``: −log p(y | x), which knows the noise, against sums.
         sigma_x0: σ_x₀, the spread of q.
         antithetic: average over n and −n: two passes of the network, half the noise.
-        init: where to start: A⁺y, Aᴴy, zero, or an image.
+        init: where to start: A⁺y (for a nonlinear operator its ``guess``), Aᴴy, zero,
+            or an image, one for each item, in the unit that ``prior`` speaks
+            (`solve` takes it in the image's own unit).
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
 
@@ -200,14 +205,13 @@ def weigh(z: Tensor, weight: Weight) -> Tensor:
 def _start(problem: InverseProblem, init: X | str) -> X:
     if isinstance(init, Tensor):
         return init
-    A: LinearOperator = problem.linear
     match init:
         case "pinv":
-            return A.pinv(problem.y)
+            return problem.operator.guess(problem.y)
         case "adjoint":
-            return A.adjoint(problem.y)
+            return problem.linear.adjoint(problem.y)
         case "zeros":
-            return torch.zeros_like(A.adjoint(problem.y))
+            return problem.image_like()
     raise ValueError(f"unknown init {init!r}: pinv, adjoint, zeros, or an image")
 
 
