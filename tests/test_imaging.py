@@ -469,6 +469,18 @@ class TestMask:
         # All of the thick stroke is near the thin one, none of the rest nearer by 2.
         assert away[thick].max() < away[~thick].min() + 2
 
+    def test_strokes_add_up(self) -> None:
+        one, both = (
+            ops.Mask.freeform((48, 64), hide, n, generator=Generator().manual_seed(3))
+            for n, hide in ((1, 0.03), (2, 0.25))
+        )
+        first, hidden = one.mask == 0, both.mask == 0
+        alone = ops.Mask.freeform(
+            (48, 64), 0.25, 1, generator=Generator().manual_seed(3)
+        )
+        assert (hidden | ~first).all()  # the first of the two strokes is there
+        assert (hidden & (alone.mask == 1)).any()  # and so is the second
+
     @pytest.mark.parametrize(("of", "n"), [("rows", 10), ("columns", 15)])
     def test_whole_lines_are_missing(
         self, of: ops.masking.Lines, n: int, generator: Generator
