@@ -36,7 +36,7 @@ def network() -> nn.Module:
     return net.double()
 
 
-def blur() -> ops.Blur:
+def blur() -> ops.LinearOperator:
     kernel = torch.tensor([[0.1, 0.2, 0.0], [0.0, 0.5, 0.2]], dtype=float64)
     return ops.Blur.from_kernel(kernel, (H, W))
 
@@ -261,7 +261,7 @@ def test_complex_images_are_refused_where_real_ones_are_needed(
         (blur_of(8) @ of)(x)
 
 
-def blur_of(n: int) -> ops.Blur:
+def blur_of(n: int) -> ops.LinearOperator:
     return ops.Blur.gaussian(1.0, (n, n))
 
 

@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 
 from invsolve import InverseProblem
 from invsolve.operators import GaussianNoise
+from invsolve.operators.nonlinear import Saturate
 from invsolve.priors import GaussianPrior, ddpm_alphas_cumprod
 from invsolve.samplers import reddiff
 from invsolve.samplers.reddiff import PRESETS, Order, Weight, weigh
@@ -382,3 +383,51 @@ def test_presets_are_options(preset: str, generator: Generator) -> None:
         PROBLEM, PRIOR, generator=generator, **{"steps": 50, **PRESETS[preset]}
     )
     assert (mu[0, 0] - Y_SEEN[0]).abs() < 0.5
+
+
+# --- nonlinear operators
+
+
+@pytest.fixture
+def saturated() -> InverseProblem:
+    """x in [−0.5, 0.5] is read as it is, and doubled."""
+    return InverseProblem(real([[1.0, -0.4]]), Saturate(), GaussianNoise(0.1))
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"), [("pinv", [0.5, -0.2]), ("zeros", [0.0, 0.0])]
+)
+def test_a_nonlinear_descent_begins_at_the_guess(
+    init: Any, expected: list[float], saturated: InverseProblem, generator: Generator
+) -> None:
+    start = reddiff(saturated, PRIOR, steps=3, lr=0.0, init=init, generator=generator)
+    torch.testing.assert_close(start, real([expected]))
+
+
+def test_one_nonlinear_step_is_the_gradient(
+    saturated: InverseProblem, generator: Generator
+) -> None:
+    """Where 2x overflows the data say nothing; elsewhere 2(2x − y), over their mean."""
+    after = reddiff(
+        saturated,
+        PRIOR,
+        steps=1,
+        lr=1.0,
+        lam=0.0,
+        optimizer="sgd",
+        init=real([[0.9, 0.3]]),
+        generator=generator,
+    )
+    torch.testing.assert_close(after, real([[0.9, 0.3 - 2 * (0.6 + 0.4) / 2]]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"init": "adjoint"}, {"optimizer": "prox", "normalize": "bayes"}],
+    ids=str,
+)
+def test_what_asks_for_an_adjoint_refuses_nonlinear_problems(
+    options: dict[str, Any], saturated: InverseProblem, generator: Generator
+) -> None:
+    with pytest.raises(ValueError, match="needs a linear operator"):
+        reddiff(saturated, PRIOR, generator=generator, **options)
