@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from math import cos, pi, sin
+from math import asin, cos, pi, sin, tan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_the_projection_of_a_ball_is_its_chords(change: dict) -> None:
     def errors(refine: int) -> tuple[float, float, float]:
         d, h, w = shape = (20 * refine, 28 * refine, 32 * refine)
         spacing = (26 / d, 25.2 / h, 25.6 / w)
-        geometry = {
+        geometry: dict[str, Any] = {
             "shape": shape,
             "angles": TURN[::2],
             "source_to_axis_mm": 60.0,
@@ -334,6 +335,28 @@ def test_the_middle_row_of_a_cone_is_a_fan(curved: bool, generator: Generator) -
     assert_close(cone(x)[..., 5, :], fan(x[:, :, 2]))
 
 
+def test_each_ray_to_a_cylinder_is_one_to_a_plane(generator: Generator) -> None:
+    x = torch.rand(1, 1, 6, 8, 8, dtype=float64, generator=generator)
+    y = ConeBeam(
+        (6, 8, 8),
+        TURN,
+        14.0,
+        25.0,
+        1.0,
+        (5, 4),
+        (3.0, 5.5),
+        curved=True,
+        truncated=True,
+    )(x)
+    for row, v in enumerate(elements(5, 3.0).tolist()):
+        for column, u in enumerate(elements(4, 5.5).tolist()):
+            flat = (v / cos(u / 25), 25 * tan(u / 25))
+            A = ConeBeam(
+                (6, 8, 8), TURN, 14.0, 25.0, 1.0, (1, 1), offset_mm=flat, truncated=True
+            )
+            assert_close(A(x)[..., 0, 0], y[..., row, column])
+
+
 def test_a_turn_of_a_helix_moves_the_volume(generator: Generator) -> None:
     x = torch.zeros(1, 1, 12, 6, 6, dtype=float64)
     x[:, :, 4:7] = torch.rand(1, 1, 3, 6, 6, dtype=float64, generator=generator)
@@ -372,6 +395,21 @@ def test_every_view_sees_every_pixel_unless_told_otherwise(
         assert (A.adjoint(torch.ones(1, 1, *A.measurement_shape)) > 0).all()
 
 
+def test_a_helix_sees_every_voxel_over_half_a_turn_unless_told_otherwise() -> None:
+    n, radius, R = 60, 2.0 * 2**0.5, 20.0
+    angles = torch.arange(-2 * n, 2 * n + 1) * (2 * pi / n)
+    A = ConeBeam((6, 4, 4), angles, R, 30.0, (0.5, 1.0, 1.0), pitch_mm=3.0)
+    tall = ConeBeam((6, 4, 4), torch.zeros(1), R, 30.0, (0.5, 1.0, 1.0))
+    assert A.detectors[0] < tall.detectors[0]
+    seen = torch.zeros(6, 4, 4)
+    for angle in angles:
+        view = replace(A, angles=angle[None])
+        seen += view.adjoint(torch.ones(1, 1, *view.measurement_shape))[0, 0] > 0
+    least = (pi - 2 * asin(radius / R)) / (2 * pi) * n
+    assert float(seen.min()) >= least - 1
+    assert float(seen.max()) < n
+
+
 def test_default_pitches_are_a_pixel_on_the_axis() -> None:
     fan = FanBeam((8, 8), TURN, 20.0, 30.0, 0.4)
     cone = ConeBeam((8, 8, 8), TURN, 20.0, 30.0, (2.0, 0.5, 0.4))
@@ -405,9 +443,12 @@ def test_even_angles_are_printed_in_short() -> None:
     assert "torch.linspace(0.0, 3.141592653589793, 1001)[:-1]" in repr(A)
 
 
-PARALLEL = {"shape": (8, 8), "angles": ANGLES}
-FAN = PARALLEL | {"source_to_axis_mm": 20.0, "source_to_detector_mm": 30.0}
-CONE = FAN | {"shape": (4, 8, 8)}
+PARALLEL: dict[str, Any] = {"shape": (8, 8), "angles": ANGLES}
+FAN: dict[str, Any] = PARALLEL | {
+    "source_to_axis_mm": 20.0,
+    "source_to_detector_mm": 30.0,
+}
+CONE: dict[str, Any] = FAN | {"shape": (4, 8, 8)}
 
 
 @pytest.mark.parametrize(
@@ -474,30 +515,31 @@ def test_the_width_that_is_asked_for_is_enough() -> None:
 
 
 def test_an_offset_detector_has_to_reach_the_axis() -> None:
-    kind = {"detectors": 8, "detector_mm": 1.0}
-    ParallelBeam((8, 8), ANGLES, **kind, offset_mm=3.9)
+    ParallelBeam((8, 8), ANGLES, detectors=8, offset_mm=3.9)
     with pytest.raises(ValueError, match="too narrow"):
-        ParallelBeam((8, 8), ANGLES, **kind, offset_mm=4.1)
+        ParallelBeam((8, 8), ANGLES, detectors=8, offset_mm=4.1)
 
 
 def test_a_helix_may_turn_often_but_not_in_degrees() -> None:
+    def helix(angles: Tensor, pitch_mm: float) -> ConeBeam:
+        return ConeBeam((4, 8, 8), angles, 20.0, 30.0, pitch_mm=pitch_mm)
+
     degrees = torch.arange(0.0, 3600.0, 10.0)
-    A = ConeBeam(**(CONE | {"angles": torch.deg2rad(degrees)}), pitch_mm=2.0)
-    assert len(A.angles) == 360
+    assert len(helix(torch.deg2rad(degrees), 2.0).angles) == 360
     with pytest.raises(ValueError, match=r"largest step is 10; .*torch.deg2rad"):
-        ConeBeam(**(CONE | {"angles": degrees}), pitch_mm=2.0)
+        helix(degrees, 2.0)
     with pytest.raises(ValueError, match=r"largest one is 62\.6"):
-        ConeBeam(**(CONE | {"angles": torch.deg2rad(degrees)}))
+        helix(torch.deg2rad(degrees), 0.0)
 
 
 # --- The matrix: blocks, precision, memory, disk --------------------------------------
 
 
-def geometries(**more: object) -> list[RayTransform]:
+def geometries(**more: Any) -> list[RayTransform]:
     return [
-        ParallelBeam((9, 14), ANGLES, offset_mm=0.3, **more),  # pyright: ignore
-        FanBeam((9, 14), ANGLES, 20.0, 30.0, curved=True, **more),  # pyright: ignore
-        ConeBeam((4, 6, 5), ANGLES, 20.0, 30.0, (1.0, 2.0, 1.0), **more),  # pyright: ignore
+        ParallelBeam((9, 14), ANGLES, offset_mm=0.3, **more),
+        FanBeam((9, 14), ANGLES, 20.0, 30.0, curved=True, **more),
+        ConeBeam((4, 6, 5), ANGLES, 20.0, 30.0, (1.0, 2.0, 1.0), **more),
     ]
 
 
@@ -768,6 +810,7 @@ class TestAstra:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "astra", None)
+        astra._projector.cache_clear()
         assert not astra.has_cuda()
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'invsolve\[ct\]'"):
             self.parallel("astra")(torch.ones(1, 1, 20, 28))
@@ -785,7 +828,7 @@ class TestAstra:
 
             delete = staticmethod(deleted.append)
 
-        projector = astra._Projector(Module, {}, is_3d=False)
+        projector = astra._Projector(Module, "linear", {}, {})
         assert not deleted
         del projector
         assert deleted == [7]

@@ -37,7 +37,6 @@ def project(scan: Scan, items: Tensor, *, forward: bool) -> Tensor:
         items: (items, *image) or (items, *measurements), contiguous or not.
         forward: whether A.
     """
-    astra = _import_astra()
     on_gpu = items.is_cuda and has_cuda()
     if scan.curved:
         raise ValueError("ASTRA's detectors are flat here: use backend='matrix'")
@@ -47,15 +46,15 @@ def project(scan: Scan, items: Tensor, *, forward: bool) -> Tensor:
         )
     given = items.to(torch.float32)
     if on_gpu and scan.is_parallel:  # all slices are one volume, all rows one detector
-        return _run(astra, scan, given[None].contiguous(), len(items), forward)[0]
+        return _run(scan, given[None].contiguous(), len(items), forward)[0]
     if len(scan.shape) == 3:  # ASTRA has the detector's rows first, then the views
         given = (given if forward else given.transpose(1, 2)).contiguous()
-        out = _run(astra, scan, given, 0, forward)
+        out = _run(scan, given, 0, forward)
         return out.transpose(1, 2) if forward else out
-    return _run(astra, scan, given.contiguous(), 0, forward)
+    return _run(scan, given.contiguous(), 0, forward)
 
 
-def _run(astra: Any, scan: Scan, given: Tensor, slices: int, forward: bool) -> Tensor:
+def _run(scan: Scan, given: Tensor, slices: int, forward: bool) -> Tensor:
     """Each item by one call; on a GPU neither given nor made leaves it."""
     device = given.device
     if len(scan.shape) == 3:
@@ -68,11 +67,11 @@ def _run(astra: Any, scan: Scan, given: Tensor, slices: int, forward: bool) -> T
     out = torch.full((len(given), *shape), torch.nan, device=device)
     with torch.cuda.device(device) if given.is_cuda else nullcontext():
         if given.is_cuda:
-            astra.set_gpu_index(device.index)
+            _import_astra().set_gpu_index(device.index)
             # ASTRA works in a stream of its own, and waits for it before it returns.
             torch.cuda.current_stream(device).synchronize()
         projector = _projector(scan, slices, device.index)
-        module = astra.projector3d if projector.is_3d else astra.projector
+        module = projector.module
         call = module.direct_FP if forward else module.direct_BP
         for source, target in zip(given, out, strict=True):
             if given.is_cuda:
@@ -85,47 +84,46 @@ def _run(astra: Any, scan: Scan, given: Tensor, slices: int, forward: bool) -> T
 class _Projector:
     """An ASTRA projector that is deleted with the last reference to it."""
 
-    def __init__(self, module: Any, config: dict[str, Any], *, is_3d: bool) -> None:
-        self.id = module.create(config)
-        self.is_3d = is_3d
+    def __init__(
+        self, module: Any, kind: str, volume: dict[str, Any], beams: dict[str, Any]
+    ) -> None:
+        self.module = module
+        self.id = module.create(
+            {"type": kind, "VolumeGeometry": volume, "ProjectionGeometry": beams}
+        )
         finalize(self, module.delete, self.id)
 
 
 @lru_cache(maxsize=16)
 def _projector(scan: Scan, slices: int, gpu: int | None) -> _Projector:
-    """On a GPU, or by ASTRA's model nearest to Joseph's on a CPU."""
+    """On a GPU, or by the model nearest to Joseph's that ASTRA has on a CPU.
+
+    Args:
+        scan: its detector is flat.
+        slices: of a stack that is projected as one volume; 0 if it is not.
+        gpu: the number of the device; None for the CPU.
+    """
     astra = _import_astra()
-    beam = "parallel" if scan.is_parallel else "fanflat"
     if len(scan.shape) == 2 and not slices:
-        h, w = scan.shape
-        half_h, half_w = h * scan.spacing[0] / 2, w * scan.spacing[1] / 2
-        volume = astra.create_vol_geom(h, w, -half_w, half_w, -half_h, half_h)
-        beams = astra.create_proj_geom(
-            f"{beam}_vec", scan.detectors[0], vectors_2d(scan)
-        )
+        (h, w), (y, x) = scan.shape, scan.spacing
+        volume = astra.create_vol_geom(h, w, *_box((x, w), (y, h)))
+        beam = "parallel_vec" if scan.is_parallel else "fanflat_vec"
+        beams = astra.create_proj_geom(beam, *scan.detectors, vectors_2d(scan))
         on_cpu = "linear" if scan.is_parallel else "line_fanflat"
         kind = on_cpu if gpu is None else "cuda"
-        config = {
-            "type": kind,
-            "VolumeGeometry": volume,
-            "ProjectionGeometry": beams,
-        }
-        return _Projector(astra.projector, config, is_3d=False)
-    d, h, w = scan.shape if len(scan.shape) == 3 else (slices, *scan.shape)
-    z, y, x = scan.spacing if len(scan.shape) == 3 else (1.0, *scan.spacing)
-    rows = scan.detectors[0] if len(scan.detectors) == 2 else slices
-    box = [side / 2 for mm, n in ((x, w), (y, h), (z, d)) for side in (-mm * n, mm * n)]
-    volume = astra.create_vol_geom(h, w, d, *box)
-    beam = "parallel3d" if scan.is_parallel else "cone"
-    beams = astra.create_proj_geom(
-        f"{beam}_vec", rows, scan.detectors[-1], vectors_3d(scan)
-    )
-    config = {
-        "type": "cuda3d",
-        "VolumeGeometry": volume,
-        "ProjectionGeometry": beams,
-    }
-    return _Projector(astra.projector3d, config, is_3d=True)
+        return _Projector(astra.projector, kind, volume, beams)
+    d, h, w = (slices, *scan.shape) if slices else scan.shape
+    z, y, x = (1.0, *scan.spacing) if slices else scan.spacing
+    rows, columns = (slices, *scan.detectors) if slices else scan.detectors
+    volume = astra.create_vol_geom(h, w, d, *_box((x, w), (y, h), (z, d)))
+    beam = "parallel3d_vec" if scan.is_parallel else "cone_vec"
+    beams = astra.create_proj_geom(beam, rows, columns, vectors_3d(scan))
+    return _Projector(astra.projector3d, "cuda3d", volume, beams)
+
+
+def _box(*sides: tuple[float, int]) -> list[float]:
+    """From where to where an image around 0 reaches, for each (spacing, count)."""
+    return [half * mm * n / 2 for mm, n in sides for half in (-1, 1)]
 
 
 def vectors_2d(scan: Scan) -> np.ndarray:

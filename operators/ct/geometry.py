@@ -382,7 +382,11 @@ def _check_angles(angles: Tensor, *, helical: bool = False) -> None:
     if not angles.isfinite().all():
         raise ValueError("angles must be finite, but some are NaN or infinite")
     if helical:
-        what, largest, most = "step", float(angles.diff().abs().max()), pi
+        what, largest, most = (
+            "step",
+            float(angles.diff(prepend=angles[:1]).abs().max()),
+            pi,
+        )
     else:
         what, largest, most = "one", float(angles.abs().max()), 2 * pi
     if largest > most + 1e-3:
