@@ -38,8 +38,6 @@ def project(scan: Scan, items: Tensor, *, forward: bool) -> Tensor:
         forward: whether A.
     """
     on_gpu = items.is_cuda and has_cuda()
-    if scan.curved:
-        raise ValueError("ASTRA's detectors are flat here: use backend='matrix'")
     if len(scan.shape) == 3 and not on_gpu:
         raise ValueError(
             "ASTRA projects cone beams on a GPU only: use backend='auto' or 'matrix'"

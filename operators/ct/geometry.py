@@ -377,18 +377,15 @@ def _check_numbers(A: ParallelBeam | Diverging, positive: tuple[str, ...]) -> No
 
 
 def _check_angles(angles: Tensor, *, helical: bool = False) -> None:
-    if angles.numel() == 0:
-        raise ValueError("at least one angle is needed")
+    if angles.ndim != 1 or len(angles) == 0:
+        raise ValueError(
+            f"angles must be a vector of at least one angle, got {tuple(angles.shape)}"
+        )
     if not angles.isfinite().all():
         raise ValueError("angles must be finite, but some are NaN or infinite")
-    if helical:
-        what, largest, most = (
-            "step",
-            float(angles.diff(prepend=angles[:1]).abs().max()),
-            pi,
-        )
-    else:
-        what, largest, most = "one", float(angles.abs().max()), 2 * pi
+    steps = angles.diff(prepend=angles[:1])
+    what, tested, most = ("step", steps, pi) if helical else ("one", angles, 2 * pi)
+    largest = float(tested.abs().max())
     if largest > most + 1e-3:
         raise ValueError(
             f"angles are in radians, but the largest {what} is {largest:.4g}; if they "
@@ -397,7 +394,9 @@ def _check_angles(angles: Tensor, *, helical: bool = False) -> None:
 
 
 def _check_source(A: Diverging, radius: float) -> None:
-    """Refuse a source within the image and a detector before the axis."""
+    """Refuse a source within the image, a detector before the axis, an arc of ASTRA's."""
+    if A.curved and A.backend == "astra":
+        raise ValueError("ASTRA's detectors are flat here: give backend='auto'")
     if A.source_to_axis_mm <= radius:
         raise ValueError(
             f"the source, source_to_axis_mm = {A.source_to_axis_mm:g} from the axis, lies "
@@ -406,7 +405,7 @@ def _check_source(A: Diverging, radius: float) -> None:
     if A.source_to_detector_mm <= A.source_to_axis_mm:
         raise ValueError(
             f"source_to_detector_mm ({A.source_to_detector_mm:g}) must exceed "
-            f"source_to_axis_mm ({A.source_to_axis_mm:g}): it is not measured from the axis"
+            f"source_to_axis_mm ({A.source_to_axis_mm:g}): it is measured from the source"
         )
 
 

@@ -56,10 +56,8 @@ class Scan:
 
     def elements(self, axis: int) -> np.ndarray:
         """Where the detector's elements lie along one of its axes, in mm."""
-        count = self.detectors[axis]
-        return (np.arange(count) - (count - 1) / 2) * self.pitch[axis] + self.offset[
-            axis
-        ]
+        count, pitch = self.detectors[axis], self.pitch[axis]
+        return (np.arange(count) - (count - 1) / 2) * pitch + self.offset[axis]
 
     def frames(self) -> tuple[np.ndarray, np.ndarray]:
         """Unit vectors from the source to the detector, and along its columns.
