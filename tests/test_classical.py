@@ -1,5 +1,6 @@
 """SIRT, CGLS, total variation of volumes, and filtered back-projection of any beam."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import pi
 from typing import final
@@ -261,8 +262,8 @@ def test_they_say_what_they_give_and_wrap_their_loop(generator: Generator) -> No
     for method in (cgls, sirt):
         seen: list[int] = []
 
-        def watch(loop: object, seen: list[int] = seen) -> object:
-            for i in loop:  # pyright: ignore[reportGeneralTypeIssues]
+        def watch(loop: Iterable, seen: list[int] = seen) -> Iterable:
+            for i in loop:
                 seen.append(i)
                 yield i
 

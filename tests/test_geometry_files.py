@@ -202,12 +202,12 @@ def write_view(
     number: int | None = None,
 ) -> None:
     from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
-    meta.MediaStorageSOPInstanceUID = f"{series}.{view + 1}"
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = UID(f"{series}.{view + 1}")
     # Names run against the order of the views.
     path = folder / f"{VIEWS - view:03d}.dcm"
     file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)

@@ -21,7 +21,7 @@ Angles = Float[Tensor, " views"]
 Sinogram = Float[Tensor, "*batch views columns"]
 Projections = Float[Tensor, "*batch views rows columns"]
 
-SAMPLES = 2**21
+SAMPLES = 2**20
 """Values interpolated at once, which bounds the memory of a back-projection."""
 
 MISSING = 3
@@ -300,7 +300,10 @@ def _sum_views(
     step = max(1, SAMPLES // (4 * voxels))
     for start in range(0, views, step):
         some = slice(start, start + step)
-        table = images[:, some].flatten(1).T.contiguous()
+        # A copy even of a single column: embedding_bag is slow unless its stride is 1.
+        table = (
+            images[:, some].flatten(1).T.clone(memory_format=torch.contiguous_format)
+        )
         # A voxel is a bag of two or four elements in each view; all images share it.
         low, part = _between(index_u[some], columns)
         first = torch.arange(len(low), dtype=torch.int32, device=low.device) * size
