@@ -81,10 +81,9 @@ IMAGING = {
     ),
     "weights @ stack": Case(
         lambda g, d: (
-            ops.Mask(rand(2 * (2 * H * W + H * W // 4), g=g, dtype=d) + 0.5)
-            @ stack(g, d)
+            ops.Mask(0.5 * rand(H * W * 5 // 4, g=g, dtype=d) + 0.25)
+            @ Stack([blur(g, d), ops.Downsample(2, (H, W))])
         ),
-        (2, H, W),
         any_shape=True,
     ),
     "one channel of three": Case(lambda g, d: on_channels(blur(g, d), 1, 3), (3, H, W)),
