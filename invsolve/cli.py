@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -46,7 +47,13 @@ SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "diffpir": samplers.diffpir,
     "dps": samplers.dps,
     "tmpd": samplers.tmpd,
+    "pigdm": samplers.pigdm,
+    "mmps": samplers.mmps,
+    "ddnm": samplers.ddnm,
+    "daps": samplers.daps,
     "tv": samplers.tv,
+    "sirt": samplers.sirt,
+    "cgls": samplers.cgls,
     "fbp": samplers.fbp,
 }
 
@@ -54,18 +61,22 @@ NOISES: Mapping[str, Callable[..., Noise]] = {
     "gaussian": ops.GaussianNoise,
     "poisson": ops.PoissonNoise,
     "transmission": ops.TransmissionNoise,
+    "rician": ops.RicianNoise,
 }
 
 
 def _ct(
-    shape: Sequence[int],
-    angles: np.ndarray,
-    pixel_mm: float,
-    detectors: int,
-    detector_mm: float,
+    shape: Sequence[int], angles: np.ndarray, pixel_mm: float, **rest: Any
 ) -> LinearOperator:
-    theta = torch.from_numpy(np.asarray(angles, dtype=np.float32))
-    return ops.ParallelBeam(_size(shape), theta, pixel_mm, detectors, detector_mm)
+    return ops.ParallelBeam(_size(shape), _angles(angles), pixel_mm, **rest)
+
+
+def _fan(shape: Sequence[int], angles: np.ndarray, **rest: Any) -> LinearOperator:
+    return ops.FanBeam(_size(shape), _angles(angles), **rest)
+
+
+def _angles(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
 def _inpaint(mask: np.ndarray) -> LinearOperator:
@@ -91,11 +102,14 @@ def _size(shape: Sequence[int]) -> tuple[int, int]:
 
 OPERATORS: Mapping[str, Callable[..., LinearOperator]] = {
     "ct": _ct,
+    "fan": _fan,
     "inpaint": _inpaint,
     "blur": _blur,
     "superres": _superres,
     "mri": _mri,
 }
+
+TOMOGRAPHY = ("ct", "fan")
 
 EXTRAS = {
     "astra": "ct",
@@ -284,7 +298,7 @@ def simulate(
     image: Annotated[Path, typer.Argument(help="NIfTI, NumPy (.npy) or a picture.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file to write (.npz).")],
     operator: Annotated[
-        str, typer.Option(help=f"One of {', '.join(OPERATORS)}.")
+        str, typer.Option(help=f"One of {', '.join(set(OPERATORS) - {'fan'})}.")
     ] = "ct",
     slice_: Annotated[
         int | None, typer.Option("--slice", help="Which slice; the middle one.")
@@ -293,6 +307,9 @@ def simulate(
         str | None, typer.Option(help="A range of slices, A:B, without B.")
     ] = None,
     views: Annotated[int, typer.Option(min=1, help="ct: evenly over 180°.")] = 30,
+    geometry: Annotated[
+        Path | None, typer.Option(help="ct: a scanner's geometry (.json) instead.")
+    ] = None,
     counts: Annotated[
         float, typer.Option(help="ct: photons for a detector element through air.")
     ] = demonstration.COUNTS,
@@ -342,6 +359,7 @@ def simulate(
         kind,
         generator,
         views=views,
+        geometry=geometry,
         counts=counts,
         sigma=sigma,
         keep=keep,
@@ -352,7 +370,7 @@ def simulate(
     A, model = _build_operator(described), _build_noise(noise)
     x, A = x.to(where), A.to(where)
     with _bar("simulate", len(x), where) as progress:
-        if isinstance(A, ops.ParallelBeam):
+        if isinstance(A, ops.ParallelBeam | ops.FanBeam):
             parts = [
                 measure(part, A, model, factor=FACTOR, generator=generator)
                 for part in progress(x.split(1))
@@ -424,6 +442,10 @@ def solve(
         Path | None,
         typer.Option(help="Sinogram: radians (.npy); evenly over 180° by default."),
     ] = None,
+    geometry: Annotated[
+        Path | None,
+        typer.Option(help="Sinogram: all of that and fan beams, too, as a .json file."),
+    ] = None,
     sigma: Annotated[
         float | None, typer.Option(help="Sinogram: Gaussian noise of so much.")
     ] = None,
@@ -450,6 +472,7 @@ def solve(
         "size": size,
         "detector_mm": detector_mm,
         "angles": angles,
+        "geometry": geometry,
         "sigma": sigma,
         "counts": counts,
     }
@@ -460,7 +483,7 @@ def solve(
         )
     except ValueError as error:
         raise ValueError(f"cannot solve {measurements}: {error}") from error
-    is_ct = m.operator["name"] == "ct"
+    is_ct = m.operator["name"] in TOMOGRAPHY
     options = _options(sampler, method, set_ or [], steps, tuned=is_ct)
     loaded = None
     if demonstration.needs_prior(method):
@@ -825,6 +848,7 @@ def _describe(
     generator: Generator,
     *,
     views: int,
+    geometry: Path | None,
     counts: float,
     sigma: float | None,
     keep: float,
@@ -835,20 +859,22 @@ def _describe(
     """The operator and the noise in words and numbers, as the file will hold them."""
     h, w = image.values.shape[-2:]
     shape = [h, w]
+    if geometry is not None and operator != "ct":
+        raise ValueError(f"--geometry is for ct, not for {operator}")
     if operator == "ct":
         if unit != "1/mm":
             raise ValueError("ct needs an image of attenuation: give --unit HU or 1/mm")
-        A = ops.ParallelBeam(
-            (h, w), demonstration.even_angles(views), demonstration.square_pixel(image)
-        )
-        described = {
-            "name": "ct",
-            "shape": shape,
-            "angles": A.angles.numpy(),
-            "pixel_mm": A.pixel_mm,
-            "detectors": A.detectors,
-            "detector_mm": A.detector_mm,
-        }
+        pixel = demonstration.square_pixel(image)
+        if geometry is None:
+            A = ops.ParallelBeam((h, w), demonstration.even_angles(views), pixel)
+        else:
+            A = _read_geometry(geometry)
+            if A.shape != (h, w) or abs(A.pixel_mm / pixel - 1) > 1e-3:
+                raise ValueError(
+                    f"{geometry} is for {A.shape} pixels of {A.pixel_mm:.4g} mm, the "
+                    f"image has {(h, w)} of {pixel:.4g} mm: make them agree"
+                )
+        described = _in_words(A)
         return described, {
             "name": "transmission",
             "counts": counts,
@@ -871,6 +897,23 @@ def _describe(
             return {"name": operator, "shape": shape, "width": width}, noise
         case _:
             return {"name": operator, "shape": shape, "factor": factor}, noise
+
+
+def _read_geometry(path: Path) -> ops.ParallelBeam | ops.FanBeam:
+    A = io.read_geometry(path)
+    if isinstance(A, ops.ConeBeam):
+        raise ValueError(
+            f"{path} is a ConeBeam, but slices are solved here: solve volumes from Python"
+        )
+    return A
+
+
+def _in_words(A: ops.ParallelBeam | ops.FanBeam) -> dict[str, Any]:
+    """A geometry as a measurement file holds it; the backend is the solver's choice."""
+    name = "fan" if isinstance(A, ops.FanBeam) else "ct"
+    values = {f.name: getattr(A, f.name) for f in fields(A) if f.name != "backend"}
+    values["angles"] = A.angles.numpy()
+    return {"name": name, **values, "shape": list(A.shape)}
 
 
 def _build_operator(described: Mapping[str, Any]) -> LinearOperator:
@@ -909,15 +952,22 @@ def _sinogram(
     size: int | None,
     detector_mm: float | None,
     angles: Path | None,
+    geometry: Path | None,
     sigma: float | None,
     counts: float | None,
 ) -> io.Measurements:
     """Measurements from a bare array, by what the command line says of it."""
     array = _load_array(path)
-    if pixel_mm is None or size is None or (sigma is None) == (counts is None):
+    sized = pixel_mm is not None and size is not None
+    if not (sized or geometry) or (sigma is None) == (counts is None):
         raise ValueError(
-            f"{path} is a bare sinogram: give --pixel-mm, --size, and --sigma or "
-            "--counts"
+            f"{path} is a bare sinogram: give --pixel-mm and --size, or --geometry, and "
+            "--sigma or --counts"
+        )
+    if geometry and any((pixel_mm, size, detector_mm, angles)):
+        raise ValueError(
+            "--geometry says all of --pixel-mm, --size, --detector-mm and --angles: "
+            "leave them out"
         )
     for name, value in (("--pixel-mm", pixel_mm), ("--detector-mm", detector_mm)):
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -928,28 +978,31 @@ def _sinogram(
             "(slices, views, detectors)"
         )
     y = torch.from_numpy(array.reshape(-1, 1, *array.shape[-2:]))
-    views, detectors = array.shape[-2:]
-    theta = demonstration.even_angles(views).numpy()
-    if angles is not None:
-        theta = _load_array(angles)
-        if theta.shape != (views,):
-            raise ValueError(
-                f"{angles} is of shape {theta.shape}, but the sinogram has {views} "
-                "views: give one angle for each"
+    if geometry:
+        A = _read_geometry(geometry)
+    else:
+        assert pixel_mm is not None and size is not None
+        views, detectors = array.shape[-2:]
+        theta = demonstration.even_angles(views)
+        if angles is not None:
+            theta = torch.from_numpy(_load_array(angles))
+            if theta.shape != (views,):
+                raise ValueError(
+                    f"{angles} is of shape {tuple(theta.shape)}, but the sinogram has "
+                    f"{views} views: give one angle for each"
+                )
+        try:
+            A = ops.ParallelBeam(
+                (size, size), theta, pixel_mm, detectors, detector_mm or pixel_mm
             )
+        except ValueError as error:
+            raise ValueError(f"cannot solve {path}: {error}") from error
     noise: dict[str, Any] = {"name": "gaussian", "sigma": sigma}
     if counts is not None:
         floor = demonstration.FLOOR
         noise = {"name": "transmission", "counts": counts, "floor": floor}
-    operator = {
-        "name": "ct",
-        "shape": [size, size],
-        "angles": theta,
-        "pixel_mm": pixel_mm,
-        "detectors": detectors,
-        "detector_mm": detector_mm or pixel_mm,
-    }
-    affine = np.diag([-pixel_mm, -pixel_mm, 1.0, 1.0])
+    operator = _in_words(A)
+    affine = np.diag([-A.pixel_mm, -A.pixel_mm, 1.0, 1.0])
     try:
         return io.Measurements(y, operator, noise, affine, "1/mm", {"simulated": False})
     except ValueError as error:

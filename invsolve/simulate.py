@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from .operators import Noise, ParallelBeam
+from .operators import FanBeam, Noise, ParallelBeam
 from .random import Randomness
 from .shapes import X, Y
 
@@ -36,7 +36,7 @@ def refine(x: X, factor: int, *, steps: int = 20) -> Tensor:
 
 
 def measure(
-    x: X, A: ParallelBeam, noise: Noise, *, factor: int = 3, generator: Randomness
+    x: X, A: ParallelBeam | FanBeam, noise: Noise, *, factor: int = 3, generator: Randomness
 ) -> Y:
     """A sinogram of x as a scanner would see it, with noise.
 
@@ -53,7 +53,7 @@ def measure(
     return noise.sample(line_integrals(x, A, factor), generator=generator)
 
 
-def line_integrals(x: X, A: ParallelBeam, factor: int) -> Tensor:
+def line_integrals(x: X, A: ParallelBeam | FanBeam, factor: int) -> Tensor:
     """What the detector elements see without noise: −ln of their mean intensity."""
     h, w = A.shape
     fine = replace(

@@ -1,6 +1,8 @@
 """Forward operators and noise: y = A(x) + noise."""
 
+from . import kernels as kernels
 from .base import (
+    Chain as Chain,
     Compose as Compose,
     Identity as Identity,
     LinearOperator as LinearOperator,
@@ -8,8 +10,20 @@ from .base import (
     Scaled as Scaled,
     dottest as dottest,
 )
-from .blur import Blur as Blur
-from .ct import ParallelBeam as ParallelBeam
+from .blur import Blur as Blur, Crop as Crop, Pad as Pad, SpatialBlur as SpatialBlur
+from .bridge import (
+    as_operator as as_operator,
+    from_deepinv as from_deepinv,
+    from_scipy as from_scipy,
+    to_deepinv as to_deepinv,
+    to_scipy as to_scipy,
+)
+from .colour import Bayer as Bayer, Greyscale as Greyscale
+from .ct import (
+    ConeBeam as ConeBeam,
+    FanBeam as FanBeam,
+    ParallelBeam as ParallelBeam,
+)
 from .masking import Mask as Mask
 from .mri import (
     ComplexChannels as ComplexChannels,
@@ -20,6 +34,20 @@ from .noise import (
     GaussianNoise as GaussianNoise,
     Noise as Noise,
     PoissonNoise as PoissonNoise,
+    RicianNoise as RicianNoise,
     TransmissionNoise as TransmissionNoise,
 )
-from .resample import Downsample as Downsample
+from .nonlinear import (
+    JPEG as JPEG,
+    NetworkOperator as NetworkOperator,
+    PhaseRetrieval as PhaseRetrieval,
+    Quantise as Quantise,
+    Saturate as Saturate,
+)
+from .resample import (
+    Decimate as Decimate,
+    Downsample as Downsample,
+    Separable as Separable,
+)
+from .sensing import CompressedSensing as CompressedSensing
+from .stack import OnChannels as OnChannels, Stack as Stack, on_channels as on_channels

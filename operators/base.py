@@ -257,6 +257,14 @@ class Compose(LinearOperator):
     def apply(self, x: X) -> Y:
         return self.outer.apply(self.inner.apply(x))
 
+    def check_image(self, x: Tensor) -> None:
+        super().check_image(x)
+        self.inner.check_image(x)
+
+    def check_measurements(self, y: Tensor) -> None:
+        super().check_measurements(y)
+        self.outer.check_measurements(y)
+
     def adjoint(self, y: Y) -> X:
         return self.inner.adjoint(self.outer.adjoint(y))
 

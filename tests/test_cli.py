@@ -179,6 +179,47 @@ def test_a_bare_sinogram(measured, tmp_path):
     torch.testing.assert_close(a, c, atol=0.05, rtol=1e-4)
 
 
+FAN = {
+    "geometry": "FanBeam",
+    "shape": [32, 32],
+    "angles": {"start": 0.0, "stop": 6.283185307179586, "count": 90},
+    "source_to_axis_mm": 500.0,
+    "source_to_detector_mm": 900.0,
+    "pixel_mm": 8.0,
+}
+
+
+def test_a_fan_beam_from_a_geometry_file(phantom, tmp_path):
+    scanner, sinogram = tmp_path / "scanner.json", tmp_path / "y.npz"
+    scanner.write_text(json.dumps(FAN))
+    run("simulate", phantom, "-o", sinogram, "--geometry", scanner, "--counts", "1e6")
+    m = io.load_measurements(sinogram)
+    assert m.operator["name"] == "fan"
+    run("solve", sinogram, "-o", tmp_path / "npz", "--sampler", "fbp")
+    bare = tmp_path / "y.npy"
+    np.save(bare, m.y[:, 0].numpy())
+    words = ["solve", bare, "-o", tmp_path / "npy", "--sampler", "fbp"]
+    run(*words, "--geometry", scanner, "--counts", "1e6")
+    one, two = (io.read(tmp_path / k / "mean.nii.gz").values for k in ("npz", "npy"))
+    assert torch.allclose(one, two)
+    truth = io.read(phantom).values[len(io.read(phantom).values) // 2]
+    assert (one[0] - truth).abs().median() < 40  # HU
+
+
+def test_a_geometry_must_fit(refused, phantom, tmp_path):
+    scanner, sinogram = tmp_path / "scanner.json", tmp_path / "y.npy"
+    scanner.write_text(json.dumps({**FAN, "shape": [16, 16]}))
+    words = ["simulate", phantom, "-o", tmp_path / "y.npz", "--geometry", scanner]
+    assert "make them agree" in refused(*words)
+    assert "--geometry is for ct" in refused(*words, "--operator", "mri")
+    cone = {**FAN, "geometry": "ConeBeam", "shape": [4, 16, 16], "voxel_mm": 8.0}
+    scanner.write_text(json.dumps({k: v for k, v in cone.items() if k != "pixel_mm"}))
+    assert "is a ConeBeam" in refused(*words)
+    np.save(sinogram, np.zeros((90, 40), np.float32))
+    words = ["solve", sinogram, "-o", tmp_path / "o", "--geometry", scanner]
+    assert "leave them out" in refused(*words, "--counts", "1e4", "--size", "32")
+
+
 @pytest.mark.parametrize("operator", ["inpaint", "blur", "superres", "mri"])
 def test_the_other_operators(operator, tmp_path, phantom):
     picture = (io.read(phantom).values[1] + 1000) / 1800
@@ -436,9 +477,12 @@ def test_the_doctor_never_fails(capsys, monkeypatch):
 
 
 def test_the_names_are_the_documented_ones():
-    assert set(SAMPLERS) == {"reddiff", "dds", "diffpir", "dps", "tmpd", "tv", "fbp"}
-    assert set(OPERATORS) == {"ct", "inpaint", "blur", "superres", "mri"}
-    assert set(NOISES) == {"gaussian", "poisson", "transmission"}
+    assert set(SAMPLERS) == {
+        *("reddiff", "dds", "diffpir", "dps", "tmpd", "pigdm", "mmps", "ddnm", "daps"),
+        *("tv", "sirt", "cgls", "fbp"),
+    }
+    assert set(OPERATORS) == {"ct", "fan", "inpaint", "blur", "superres", "mri"}
+    assert set(NOISES) == {"gaussian", "poisson", "transmission", "rician"}
 
 
 def test_as_a_program(tmp_path):

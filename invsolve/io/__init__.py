@@ -1,6 +1,8 @@
 """Files in and out: images and measurements."""
 
+from .ctpd import read_ctpd as read_ctpd
 from .files import read as read, replace as replace, write as write
+from .geometry import read_geometry as read_geometry, write_geometry as write_geometry
 from .image import Image as Image, Unit as Unit
 from .measurements import (
     Measurements as Measurements,

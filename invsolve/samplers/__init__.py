@@ -1,6 +1,6 @@
 """Posterior samplers, one paper to a file, and the classical methods beside them."""
 
-from .classical import fbp as fbp, tv as tv
+from .classical import cgls as cgls, fbp as fbp, sirt as sirt, tv as tv
 from .core import Kind as Kind, Sampler as Sampler
 from .daps import daps as daps
 from .ddnm import ddnm as ddnm
