@@ -102,17 +102,17 @@ def _projector(scan: Scan, slices: int, gpu: int | None) -> _Projector:
         gpu: the number of the device; None for the CPU.
     """
     astra = _import_astra()
+    (h, w), (y, x), columns = scan.shape[-2:], scan.spacing[-2:], scan.detectors[-1]
     if len(scan.shape) == 2 and not slices:
-        (h, w), (y, x) = scan.shape, scan.spacing
         volume = astra.create_vol_geom(h, w, *_box((x, w), (y, h)))
         beam = "parallel_vec" if scan.is_parallel else "fanflat_vec"
-        beams = astra.create_proj_geom(beam, *scan.detectors, vectors_2d(scan))
+        beams = astra.create_proj_geom(beam, columns, vectors_2d(scan))
         on_cpu = "linear" if scan.is_parallel else "line_fanflat"
         kind = on_cpu if gpu is None else "cuda"
         return _Projector(astra.projector, kind, volume, beams)
-    d, h, w = (slices, *scan.shape) if slices else scan.shape
-    z, y, x = (1.0, *scan.spacing) if slices else scan.spacing
-    rows, columns = (slices, *scan.detectors) if slices else scan.detectors
+    d, z, rows = slices, 1.0, slices
+    if not slices:
+        d, z, rows = scan.shape[0], scan.spacing[0], scan.detectors[0]
     volume = astra.create_vol_geom(h, w, d, *_box((x, w), (y, h), (z, d)))
     beam = "parallel3d_vec" if scan.is_parallel else "cone_vec"
     beams = astra.create_proj_geom(beam, rows, columns, vectors_3d(scan))
