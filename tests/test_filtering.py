@@ -251,6 +251,27 @@ def test_a_cone_gives_the_ball_again(arc: float, curved: bool) -> None:
     assert float((mass * -ys[:, None]).sum() / mass.sum()) == pytest.approx(-4, abs=0.1)
 
 
+@pytest.mark.parametrize("curved", [False, True], ids=["flat", "curved"])
+def test_rays_count_by_the_cosine_of_their_angle(
+    curved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def record(y: Tensor, *_: object, **__: object) -> Tensor:
+        seen.append(y)
+        return y
+
+    monkeypatch.setattr("invsolve.operators.ct.filtering.ramp_filter", record)
+    y, near, wide = torch.ones(1, 1, 8, 5, 7, dtype=float64), 30.0, (20.0, 9.0)
+    fdk(y, turn(8), (1, 4, 4), 20.0, near, (1.0, 1.0, 1.0), wide, curved=curved)
+    v, u = elements(5, wide[0])[:, None], elements(7, wide[1])
+    if curved:
+        v, u = v / (u / near).cos(), near * (u / near).tan()
+    cosine = near / (near**2 + u**2 + v**2).sqrt()
+    expected = (pi / 8 * cosine).expand(1, 1, 8, 5, 7)
+    assert_close(seen[0], expected)
+
+
 def test_a_fan_is_the_middle_of_a_cone(generator: Generator) -> None:
     angles = turn(30)
     y = torch.randn(1, 1, 30, 5, 40, generator=generator, dtype=float64)
