@@ -261,6 +261,11 @@ def test_complex_images_are_refused_where_real_ones_are_needed(
         (blur_of(8) @ of)(x)
 
 
+def test_a_chain_refuses_what_its_last_part_cannot_have_measured() -> None:
+    with pytest.raises(ValueError, match="JPEG takes images"):
+        (JPEG(50) @ Saturate()).check_measurements(torch.zeros(1, 1, 8, 9))
+
+
 def blur_of(n: int) -> ops.LinearOperator:
     return ops.Blur.gaussian(1.0, (n, n))
 
@@ -281,7 +286,7 @@ def dft_magnitude(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("shape", "oversampling", "size"),
-    [((6, 8), 2.0, (12, 16)), ((5, 7), 1.5, (8, 11)), ((10, 3), 1.1, (11, 4))],
+    [((6, 8), 2.0, (12, 16)), ((5, 7), 1.5, (8, 11)), ((50, 3), 1.1, (55, 4))],
 )
 def test_phase_retrieval_is_the_magnitude_of_a_padded_dft(
     shape: tuple[int, int],

@@ -11,7 +11,14 @@ from exact import PRIOR, PROBLEM, Matrix, image_prior, real
 from torch import Generator, Tensor, nn
 
 from invsolve import InverseProblem, Solution, samplers, solve
-from invsolve.operators import Blur, GaussianNoise, Mask, Operator, ParallelBeam
+from invsolve.operators import (
+    Blur,
+    ComplexChannels,
+    GaussianNoise,
+    Mask,
+    Operator,
+    ParallelBeam,
+)
 from invsolve.operators.base import Rescale
 from invsolve.operators.nonlinear import PhaseRetrieval, Saturate
 from invsolve.priors import Affine, AffineMap, EDMPrior, GaussianPrior, Prior
@@ -504,3 +511,34 @@ def test_an_init_is_one_image_for_each_item(generator: Generator) -> None:
             init=torch.zeros(2, 1, 4, 4),
             generator=seeded(),
         )
+    with pytest.raises(ValueError, match="1 channel"):
+        solve(
+            problem,
+            EDMPrior(nn.Identity(), channels=1),
+            samplers.reddiff,
+            init=torch.zeros(2, 2, 4, 4),
+            generator=seeded(),
+        )
+
+
+def test_a_counted_operator_knows_its_images_still(generator: Generator) -> None:
+    """Two channels, of which y has one."""
+    A = PhaseRetrieval((4, 4), complex_image=True) @ ComplexChannels()
+    y = torch.rand(3, 1, 8, 8, dtype=torch.float64, generator=generator)
+    prior = GaussianPrior(torch.zeros(2, 4, 4).double(), torch.eye(32).double())
+    problem = InverseProblem(y, A, GaussianNoise(0.1))
+    for sampler in (samplers.dps, samplers.reddiff):
+        solution = solve(problem, prior, sampler, steps=STEPS, generator=seeded())
+        assert solution.samples.shape == (1, 3, 2, 4, 4)
+
+
+def test_dps_does_not_count_what_the_mask_hides(generator: Generator) -> None:
+    problem, prior = inpainting(generator)
+    assert isinstance(problem.operator, Mask)
+    noisy = problem.y + 9 * (problem.operator.mask == 0)
+    hidden = InverseProblem(noisy, problem.operator, problem.noise)
+    one, other = (
+        solve(p, prior, samplers.dps, steps=STEPS, generator=seeded())
+        for p in (problem, hidden)
+    )
+    assert torch.equal(one.samples, other.samples)
