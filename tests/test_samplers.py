@@ -29,6 +29,7 @@ from invsolve import InverseProblem
 from invsolve.operators import GaussianNoise, Identity, Mask, ParallelBeam
 from invsolve.priors import GaussianPrior, Prior, ddpm_sigmas, karras_sigmas
 from invsolve.samplers import (
+    cgls,
     daps,
     ddnm,
     dds,
@@ -39,6 +40,7 @@ from invsolve.samplers import (
     mmps,
     pigdm,
     reddiff,
+    sirt,
     tmpd,
     tv,
 )
@@ -479,6 +481,8 @@ KINDS = {
     reddiff: "point_estimate",
     fbp: "point_estimate",
     tv: "point_estimate",
+    sirt: "point_estimate",
+    cgls: "point_estimate",
 }
 
 
@@ -618,7 +622,7 @@ def test_every_sampler_says_what_it_gives(sampler: Any) -> None:
     assert sampler.kind == KINDS[sampler]
 
 
-@pytest.mark.parametrize("sampler", [fbp, tv])
+@pytest.mark.parametrize("sampler", [fbp, tv, sirt, cgls])
 def test_classical_methods_ask_no_network(
     sampler: Sampler, generator: Generator
 ) -> None:
