@@ -7,3 +7,9 @@ torch.set_num_threads(1)  # the tests' tensors are small: threads would only wai
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's matrices."""
+    monkeypatch.setenv("INVSOLVE_CACHE", "")
