@@ -7,6 +7,7 @@ from .base import (
     Identity as Identity,
     LinearOperator as LinearOperator,
     Operator as Operator,
+    Rescale as Rescale,
     Scaled as Scaled,
     dottest as dottest,
 )
