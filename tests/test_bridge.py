@@ -354,7 +354,19 @@ def test_a_nonlinear_physics_pulls_back(generator: Generator) -> None:
     assert not isinstance(A, LinearOperator)
     assert_close(A(x), x**3)
     assert_close(A.vjp(x, x), 3 * x**3)
+    assert A.image_like(A(x)).shape == x.shape
     assert_close(A.to(torch.device("cpu")).vjp(x, x), 3 * x**3)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+def test_phase_retrieval_takes_complex_images(generator: Generator) -> None:
+    made = physics.RandomPhaseRetrieval(30, (1, N, N), rng=Generator().manual_seed(6))
+    x = images((1, N, N), generator).to(torch.complex64)
+    A = from_deepinv(made)
+    y = A(x)
+    assert y.is_floating_point() and A.measurement_shape == y.shape[1:]
+    assert_close(y, made.A(x))
+    assert_close(A.vjp(x, y), made.A_vjp(x, y))
 
 
 def test_what_cannot_be_bridged_is_refused_in_one_line() -> None:

@@ -160,10 +160,12 @@ class FromDeepinvNonlinear(Operator):
     Args:
         physics: a ``Physics``, which is never changed.
         image: (channels, *space); empty if it takes any.
+        measured: the shape of an item's measurements; empty if not known.
     """
 
     physics: Any
     image: tuple[int, ...] = ()
+    measured: tuple[int, ...] = ()
 
     def apply(self, x: X) -> Y:
         return _one_tensor(_run(self.physics, "A", x), self.physics)
@@ -174,6 +176,10 @@ class FromDeepinvNonlinear(Operator):
     @property
     def image_shape(self) -> tuple[int, ...]:
         return self.image
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        return self.measured
 
     def to(self, device: torch.device) -> "FromDeepinvNonlinear":
         return replace(self, physics=_bare(self.physics).to(device))
@@ -204,11 +210,10 @@ def from_deepinv(physics: Any, image_shape: tuple[int, ...] | None = None) -> Op
     bare = _bare(physics)
     own = getattr(physics, "img_size", None) or getattr(physics, "imsize", None) or ()
     image = tuple(image_shape or (own if len(own) > 2 else ()))
-    if not isinstance(physics, LinearPhysics):
-        return FromDeepinvNonlinear(bare, image)
-    decomposed = isinstance(physics, DecomposablePhysics)
+    kind = FromDeepinv if isinstance(physics, LinearPhysics) else FromDeepinvNonlinear
+    kind = FromDeepinvSVD if isinstance(physics, DecomposablePhysics) else kind
     if not image:
-        return FromDeepinvSVD(bare) if decomposed else FromDeepinv(bare)
+        return kind(bare)
     g = Generator().manual_seed(0)
     x = torch.randn(1, *image, generator=g)
     x = x.to(next(bare.buffers(), x).device)
@@ -225,9 +230,9 @@ def from_deepinv(physics: Any, image_shape: tuple[int, ...] | None = None) -> Op
             "operator is the same for all: make one for each"
         )
     measured = tuple(y.shape[1:])
-    if decomposed:
-        return FromDeepinvSVD(bare, image, measured)
-    A = FromDeepinv(bare, image, measured)
+    A = kind(bare, image, measured)
+    if not isinstance(A, FromDeepinv):
+        return A
     noise = torch.randn(y.shape, generator=g).to(y)
     return replace(A, exact=dottest(A, x, noise) < EXACT)
 
@@ -278,8 +283,11 @@ def _run(physics: Any, name: str, t: Tensor) -> Any:
     own = getattr(physics, "dtype", None)
     if own is None:
         return getattr(_in_precision_of(t, physics), name)(t)
-    out = getattr(physics, name)(t.to(own))
-    return out.to(t.dtype) if isinstance(out, Tensor) else out
+    out = getattr(physics, name)(t.to(own.to_complex() if t.is_complex() else own))
+    if not isinstance(out, Tensor):
+        return out
+    precision = t.real.dtype
+    return out.to(precision.to_complex() if out.is_complex() else precision)
 
 
 def _one_tensor(y: Any, physics: Any) -> Tensor:
