@@ -273,6 +273,5 @@ def _toeplitz(
     with torch.inference_mode(False):
         ones = torch.ones(trajectory.shape[:-1], dtype=torch.complex128, device=device)
         q = _nufft(1, ones, trajectory, (2 * h, 2 * w), eps) / (h * w)
-        # No two pixels lie h rows apart; without those q is Hermitian, its spectrum real.
-        q[0], q[:, 0] = 0, 0
+        # q(−n) = conj q(n), but for lags that no two pixels have: the spectrum is real.
         return fft2(ifftshift(q)).real.to(dtype)
