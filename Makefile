@@ -5,7 +5,7 @@ BIN := .venv/bin
 MINUTES ?= 9
 RUNS ?= runs
 
-.PHONY: demo test lint types check bench-ct test-cuda bench-cuda train-priors clean
+.PHONY: demo test lint types check bench-ct bench-operators test-cuda bench-cuda train-priors clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,12 +32,17 @@ check: lint types test
 bench-ct: .venv/installed
 	$(BIN)/python benchmarks/ct_headneck.py
 
+bench-operators: .venv/installed
+	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/operators.py --docs
+
 # With a CUDA device: each has a time budget, takes up where it left off, and writes
 # what it finds to $(RUNS).
 test-cuda: .venv/installed
 	timeout $(MINUTES)m $(BIN)/python -m pytest -q -m cuda
 
 bench-cuda: .venv/installed
+	timeout $(MINUTES)m $(BIN)/python benchmarks/operators.py --device cuda --out $(RUNS)/operators
 	timeout $(MINUTES)m $(BIN)/python benchmarks/ct_headneck.py --device cuda --out $(RUNS)/bench-cuda
 
 train-priors: .venv/installed

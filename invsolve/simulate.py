@@ -36,7 +36,12 @@ def refine(x: X, factor: int, *, steps: int = 20) -> Tensor:
 
 
 def measure(
-    x: X, A: ParallelBeam | FanBeam, noise: Noise, *, factor: int = 3, generator: Randomness
+    x: X,
+    A: ParallelBeam | FanBeam,
+    noise: Noise,
+    *,
+    factor: int = 3,
+    generator: Randomness,
 ) -> Y:
     """A sinogram of x as a scanner would see it, with noise.
 

@@ -19,6 +19,12 @@ from .bridge import (
     to_deepinv as to_deepinv,
     to_scipy as to_scipy,
 )
+from .coils import (
+    Compressed as Compressed,
+    coil_maps as coil_maps,
+    compress_coils as compress_coils,
+    simulated_maps as simulated_maps,
+)
 from .colour import Bayer as Bayer, Greyscale as Greyscale
 from .ct import (
     ConeBeam as ConeBeam,
@@ -27,8 +33,10 @@ from .ct import (
 )
 from .masking import Mask as Mask
 from .mri import (
+    Coils as Coils,
     ComplexChannels as ComplexChannels,
     Fourier as Fourier,
+    MultiCoil as MultiCoil,
     RealImage as RealImage,
 )
 from .noise import (
@@ -44,6 +52,19 @@ from .nonlinear import (
     PhaseRetrieval as PhaseRetrieval,
     Quantise as Quantise,
     Saturate as Saturate,
+)
+from .nufft import (
+    NonCartesian as NonCartesian,
+    density_compensation as density_compensation,
+    radial as radial,
+    spiral as spiral,
+)
+from .patterns import (
+    equispaced_columns as equispaced_columns,
+    gaussian_columns as gaussian_columns,
+    gaussian_points as gaussian_points,
+    poisson_disc as poisson_disc,
+    random_columns as random_columns,
 )
 from .resample import (
     Decimate as Decimate,

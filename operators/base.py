@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import ClassVar, TypeVar, final, overload
+from typing import Any, ClassVar, TypeVar, final, overload
 
 import torch
 from torch import Generator, Tensor
@@ -211,6 +212,9 @@ class Scaled(LinearOperator):
     def adjoint(self, y: Y) -> X:
         return self.factor * self.inner.adjoint(y)
 
+    def normal(self, x: X) -> X:
+        return self.factor**2 * self.inner.normal(x)
+
     def pinv(self, y: Y, *, max_steps: int = 100, rtol: float = 1e-6) -> X:
         x = self.inner.pinv(y, max_steps=max_steps, rtol=rtol)
         return x / self.factor
@@ -267,6 +271,9 @@ class Compose(LinearOperator):
 
     def adjoint(self, y: Y) -> X:
         return self.inner.adjoint(self.outer.adjoint(y))
+
+    def normal(self, x: X) -> X:
+        return self.inner.adjoint(self.outer.normal(self.inner.apply(x)))
 
     def pinv(self, y: Y, *, max_steps: int = 100, rtol: float = 1e-6) -> X:
         if self.inner.is_unitary:
@@ -380,6 +387,22 @@ class Rescale(Operator):
     def guess(self, y: Y) -> X:
         """(y − offset)/scale."""
         return (y - self.offset) / self.scale
+
+
+class WithAdjoint(torch.autograd.Function):
+    """A linear map whose gradient is its adjoint, and the other way round.
+
+    For maps that autodiff cannot see into, or would see into at a cost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, there: Callable, back: Callable) -> Tensor:
+        ctx.there, ctx.back = there, back
+        return there(t)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return WithAdjoint.apply(grads[0], ctx.back, ctx.there), None, None
 
 
 def dottest(A: LinearOperator, x: X, y: Y) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Bool, Complex, Float
@@ -12,7 +12,7 @@ from torch.fft import fft2, fftn, fftshift, ifft2, ifftn, ifftshift
 
 from invsolve.shapes import X, Y
 
-from .base import Compose, LinearOperator
+from .base import Compose, LinearOperator, WithAdjoint
 from .masking import Mask
 
 
@@ -258,19 +258,6 @@ class ComplexChannels(LinearOperator):
 
     def adjoint(self, y: Y) -> X:
         return torch.cat([y.real, y.imag], dim=1)
-
-
-class WithAdjoint(torch.autograd.Function):
-    """A linear map whose gradient is its adjoint, and the other way round."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, there: Callable, back: Callable) -> Tensor:
-        ctx.there, ctx.back = there, back
-        return there(t)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        return WithAdjoint.apply(grads[0], ctx.back, ctx.there), None, None
 
 
 def _check_maps(maps: Tensor) -> None:

@@ -13,8 +13,7 @@ from torch.fft import fft2, ifft2, ifftshift
 
 from invsolve.shapes import X, Y
 
-from .base import LinearOperator
-from .mri import WithAdjoint
+from .base import LinearOperator, WithAdjoint
 
 SINGLE = 1e-6
 """As exact as a transform in single precision gets."""

@@ -1,5 +1,8 @@
 """Samplers that look through the denoiser, project, or anneal: where all is known."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -243,10 +246,11 @@ def test_draws_fall_into_the_right_mode() -> None:
         return torch.bincount(label, minlength=3) / n
 
     exact = posterior.sample(n, generator=Generator().manual_seed(1))
-    for sampler, options, slack in (
+    methods: list[tuple[Callable[..., Tensor], dict[str, Any], float]] = [
         (mmps, {"steps": 100, "cg_steps": 5}, 0.07),
         (pigdm, {"steps": 100}, 0.15),
         (daps, {"steps": 60, "sigma_range": (0.05, 50.0), "rtol": 1e-8}, 0.07),
-    ):
+    ]
+    for sampler, options, slack in methods:
         x = sampler(problem, MIXTURE, generator=Generator().manual_seed(0), **options)
         assert (weights(x) - weights(exact)).abs().max() < slack, sampler.__name__

@@ -1,18 +1,16 @@
 """What all geometries share: line integrals, by whichever backend suits."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import Function
 
 from invsolve.shapes import X, Y
 
-from ..base import LinearOperator
+from ..base import LinearOperator, WithAdjoint
 from . import astra, joseph
 from .rays import Scan
 
@@ -62,10 +60,10 @@ class RayTransform(LinearOperator):
         return not (self._chosen() == "astra" and self._on_gpu())
 
     def apply(self, x: X) -> Y:
-        return _Project.apply(x, self._forward, self._backward)
+        return WithAdjoint.apply(x, self._forward, self._backward)
 
     def adjoint(self, y: Y) -> X:
-        return _Project.apply(y, self._backward, self._forward)
+        return WithAdjoint.apply(y, self._backward, self._forward)
 
     def _on_gpu(self) -> bool:
         return self.angles.is_cuda and astra.has_cuda()
@@ -99,16 +97,3 @@ class RayTransform(LinearOperator):
                 A, At = joseph.matrices(self.scan, t.dtype, t.device)
                 out = joseph.multiply(A if forward else At, t.reshape(-1, prod(given)))
         return out.reshape(*leading, *made)
-
-
-class _Project(Function):
-    """A linear map whose gradient is its adjoint, and the other way round."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, there: Callable, back: Callable) -> Tensor:
-        ctx.there, ctx.back = there, back
-        return there(t)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        return _Project.apply(grads[0], ctx.back, ctx.there), None, None
