@@ -118,6 +118,18 @@ class CountedLinear(LinearOperator):
         return self.inner.adjoint_is_exact
 
     @property
+    def image_channels(self) -> int:
+        return self.inner.image_channels
+
+    @property
+    def takes_complex(self) -> bool:
+        return self.inner.takes_complex
+
+    @property
+    def makes_complex(self) -> bool:
+        return self.inner.makes_complex
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         return self.inner.image_shape
 
@@ -153,7 +165,9 @@ class CountedLinear(LinearOperator):
         self.tally.closed_forms += len(y)
         return self.inner.prox(v, y, rho, max_steps=max_steps, rtol=rtol)
 
-    def norm(self, like: X, *, max_steps: int = 200, rtol: float = 1e-5) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 200, rtol: float = 1e-5
+    ) -> float:
         return self.inner.norm(like, max_steps=max_steps, rtol=rtol)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar, final, overload
 
@@ -97,6 +97,21 @@ class LinearOperator(Operator):
         """Whether ``adjoint`` is Aᴴ to rounding; else inner iterations are kept few."""
         return True
 
+    @property
+    def image_channels(self) -> int:
+        """How many channels an image must have; 1 if any number will do."""
+        return 1
+
+    @property
+    def takes_complex(self) -> bool:
+        """Whether images must be complex."""
+        return False
+
+    @property
+    def makes_complex(self) -> bool:
+        """Whether measurements are complex though images are real."""
+        return False
+
     @abstractmethod
     def adjoint(self, y: Y) -> X:
         """Aᴴ y."""
@@ -153,16 +168,32 @@ class LinearOperator(Operator):
     def _steps(self, most: int) -> int:
         return most if self.adjoint_is_exact else min(most, INEXACT_STEPS)
 
-    def norm(self, like: X, *, max_steps: int = 200, rtol: float = 1e-5) -> float:
+    def _an_image(self) -> X:
+        shape = self.image_shape
+        if not shape:
+            raise ValueError(
+                f"{type(self).__name__} takes images of any shape: give norm an image"
+            )
+        if len(shape) == 2:
+            shape = (self.image_channels, *shape)
+        dtype = torch.complex64 if self.takes_complex else torch.float32
+        device = next((t.device for t in tensors(self)), torch.device("cpu"))
+        return torch.zeros(1, *shape, dtype=dtype, device=device)
+
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 200, rtol: float = 1e-5
+    ) -> float:
         """‖A‖, the largest singular value; by power iteration unless it is known.
 
         Args:
-            like: any image the operator takes: its shape, dtype and device are used.
+            like: any image the operator takes: its shape, dtype and device are used. It
+                may be left out where ``image_shape`` or a closed form tells enough.
             max_steps: of the power iteration, which approaches from below.
             rtol: stop when a step changes it by less.
         """
         if self.is_unitary:
             return 1.0
+        like = self._an_image() if like is None else like
         start = randn_like(like[:1], Generator().manual_seed(0))
         value = largest_eigenvalue(self.normal, start, max_steps=max_steps, rtol=rtol)
         return float(value) ** 0.5
@@ -231,12 +262,26 @@ class Scaled(LinearOperator):
         c = self.factor
         return self.inner.prox(v, y / c, rho / c**2, max_steps=max_steps, rtol=rtol)
 
-    def norm(self, like: X, *, max_steps: int = 200, rtol: float = 1e-5) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 200, rtol: float = 1e-5
+    ) -> float:
         return abs(self.factor) * self.inner.norm(like, max_steps=max_steps, rtol=rtol)
 
     @property
     def adjoint_is_exact(self) -> bool:
         return self.inner.adjoint_is_exact
+
+    @property
+    def image_channels(self) -> int:
+        return self.inner.image_channels
+
+    @property
+    def takes_complex(self) -> bool:
+        return self.inner.takes_complex
+
+    @property
+    def makes_complex(self) -> bool:
+        return self.inner.makes_complex
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -309,6 +354,23 @@ class Compose(LinearOperator):
     @property
     def adjoint_is_exact(self) -> bool:
         return self.outer.adjoint_is_exact and self.inner.adjoint_is_exact
+
+    @property
+    def image_channels(self) -> int:
+        return (
+            self.inner.image_channels
+            if self.inner.image_channels > 1
+            else self.outer.image_channels
+        )
+
+    @property
+    def takes_complex(self) -> bool:
+        passed = self.outer.takes_complex and not self.inner.makes_complex
+        return self.inner.takes_complex or passed
+
+    @property
+    def makes_complex(self) -> bool:
+        return self.inner.makes_complex or self.outer.makes_complex
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -426,3 +488,15 @@ def _check(t: Tensor, shape: tuple[int, ...], what: str, operator: str) -> None:
             f"{operator} expects {what} of shape (batch, …, {expected}), "
             f"got {tuple(t.shape)}"
         )
+
+
+def tensors(A: object) -> Iterator[Tensor]:
+    """Every tensor among an operator's fields, and those of the operators in them."""
+    if isinstance(A, Tensor):
+        yield A
+    elif isinstance(A, tuple):
+        for part in A:
+            yield from tensors(part)
+    elif isinstance(A, Operator) and is_dataclass(A):
+        for field in fields(A):
+            yield from tensors(getattr(A, field.name))

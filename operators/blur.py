@@ -207,8 +207,14 @@ class Blur(LinearOperator):
         inverse = 1 / (self._otf(v).abs().square() + rho)
         return fourier_filter(inverse, self.adjoint(y) + rho * v)
 
-    def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 0, rtol: float = 0.0
+    ) -> float:
         return float(self.otf.abs().max())
+
+    @property
+    def image_channels(self) -> int:
+        return self.otf.shape[0] if self.otf.ndim == 3 else 1
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -61,6 +61,10 @@ class Greyscale(_ChannelSum):
             )
 
     @property
+    def image_channels(self) -> int:
+        return len(self.weights)
+
+    @property
     def energy(self) -> float:
         return sum(w**2 for w in self.weights)
 
@@ -97,6 +101,10 @@ class Bayer(_ChannelSum):
                 f"unknown pattern {self.pattern!r}: choose one of "
                 f"{', '.join(get_args(Pattern))}"
             )
+
+    @property
+    def image_channels(self) -> int:
+        return 3
 
     @property
     def energy(self) -> float:

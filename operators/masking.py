@@ -209,7 +209,9 @@ class Mask(LinearOperator):
         m = self._mask(v)
         return (m * y + rho * v) / (m**2 + rho)
 
-    def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 0, rtol: float = 0.0
+    ) -> float:
         return float(self.mask.max())
 
     @property

@@ -38,6 +38,10 @@ class Fourier(LinearOperator):
         if self.dims not in (1, 2, 3):
             raise ValueError(f"Fourier is over 1, 2 or 3 axes, got dims={self.dims}")
 
+    @property
+    def takes_complex(self) -> bool:
+        return True
+
     def apply(self, x: X) -> Y:
         return self._centred(fftn, x)
 
@@ -85,6 +89,10 @@ class Coils(LinearOperator):
         object.__setattr__(self, "conjugate", self.maps.conj().resolve_conj())
         object.__setattr__(self, "energy", self.maps.abs().square().sum(0))
 
+    @property
+    def takes_complex(self) -> bool:
+        return True
+
     def apply(self, x: X) -> Y:
         _check_seen(x)
         return self.maps.to(x.dtype) * x
@@ -118,7 +126,9 @@ class Coils(LinearOperator):
         """(Σ conj(S_c) y_c + ρ v) / (Σ|S_c|² + ρ): the closed form."""
         return (self.adjoint(y) + rho * v) / (self.energy.to(v.real.dtype) + rho)
 
-    def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 0, rtol: float = 0.0
+    ) -> float:
         return float(self.energy.max()) ** 0.5
 
     @property
@@ -157,6 +167,10 @@ class MultiCoil(LinearOperator):
         mask = Mask(self.mask)
         object.__setattr__(self, "mask", mask.mask)
         object.__setattr__(self, "composed", mask @ Fourier() @ Coils(self.maps))
+
+    @property
+    def takes_complex(self) -> bool:
+        return True
 
     def apply(self, x: X) -> Y:
         _check_seen(x)
@@ -231,6 +245,10 @@ class MultiCoil(LinearOperator):
 class RealImage(LinearOperator):
     """y = x + 0i: the image is known to be real. Its adjoint is the real part."""
 
+    @property
+    def makes_complex(self) -> bool:
+        return True
+
     def apply(self, x: X) -> Y:
         return torch.complex(x, torch.zeros_like(x))
 
@@ -240,7 +258,9 @@ class RealImage(LinearOperator):
     def pinv(self, y: Y, *, max_steps: int = 0, rtol: float = 0.0) -> X:
         return y.real
 
-    def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 0, rtol: float = 0.0
+    ) -> float:
         return 1.0
 
 
@@ -250,6 +270,14 @@ class ComplexChannels(LinearOperator):
     """y = x₁ + i x₂: two real channels are one complex image. Unitary over ℝ."""
 
     is_unitary: ClassVar[bool] = True
+
+    @property
+    def image_channels(self) -> int:
+        return 2
+
+    @property
+    def makes_complex(self) -> bool:
+        return True
 
     def apply(self, x: X) -> Y:
         if x.shape[1] != 2:

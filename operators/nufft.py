@@ -60,6 +60,10 @@ class NonCartesian(LinearOperator):
         _check_trajectory(self.trajectory)
 
     @property
+    def takes_complex(self) -> bool:
+        return True
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         return self.shape
 

@@ -118,7 +118,9 @@ class Separable(LinearOperator):
         residual = U.mT @ (y - self.apply(v)) @ P / (energy + rho)
         return v + self.adjoint(U @ residual @ P.mT)
 
-    def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 0, rtol: float = 0.0
+    ) -> float:
         (_, s), (_, t) = self._left
         return float(s.max() * t.max())
 
@@ -180,7 +182,7 @@ class Decimate(LinearOperator):
 
     def pinv(self, y: Y, *, max_steps: int = 0, rtol: float = 1e-6) -> X:
         """Aᴴ (A Aᴴ)⁺ y."""
-        energy = self._energy(y)
+        energy = self._energy.to(y.real.dtype)
         seen = energy > rtol**2 * energy.max()
         inverse = torch.where(seen, 1 / torch.where(seen, energy, 1), 0)
         return self.adjoint(fourier_filter(inverse, y))
@@ -195,11 +197,13 @@ class Decimate(LinearOperator):
         rtol: float = 0.0,
     ) -> X:
         """v + Aᴴ (A Aᴴ + ρ)⁻¹ (y − A v), by the Woodbury identity."""
-        residual = y - self.apply(v)
-        return v + self.adjoint(fourier_filter(1 / (self._energy(v) + rho), residual))
+        residual, energy = y - self.apply(v), self._energy.to(v.real.dtype)
+        return v + self.adjoint(fourier_filter(1 / (energy + rho), residual))
 
-    def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
-        return float(self._energy(like).max()) ** 0.5
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 0, rtol: float = 0.0
+    ) -> float:
+        return float(self._energy.max()) ** 0.5
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -215,12 +219,12 @@ class Decimate(LinearOperator):
         h, w = self.blur.otf.shape[-2:]
         return h, w
 
-    def _energy(self, like: Tensor) -> Float[Tensor, "*c hy wy"]:
+    @property
+    def _energy(self) -> Float[Tensor, "*c hy wy"]:
         """The response of A Aᴴ."""
         f, (h, w) = self.factor, self._size
         energy = self.blur.otf.abs().square().unflatten(-1, (f, w // f))
-        folded = energy.unflatten(-3, (f, h // f)).mean((-4, -2))
-        return folded.to(like.real.dtype)
+        return energy.unflatten(-3, (f, h // f)).mean((-4, -2))
 
 
 def _bicubic(n: int, factor: int) -> Float[Tensor, "m n"]:

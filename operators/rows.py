@@ -33,6 +33,8 @@ class OrthogonalRows(LinearOperator):
         """v + Aᴴ(y − A v)/(c + ρ), by the Woodbury identity."""
         return v + self.adjoint(y - self.apply(v)) / (self.energy + rho)
 
-    def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 0, rtol: float = 0.0
+    ) -> float:
         """√c."""
         return self.energy**0.5

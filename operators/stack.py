@@ -1,7 +1,7 @@
 """Several measurements of one image, and one measurement of several channels."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import final
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from invsolve.shapes import X, Y
 
-from .base import LinearOperator
+from .base import LinearOperator, tensors
 
 
 @final
@@ -82,6 +82,10 @@ class Stack(LinearOperator):
         return all(A.adjoint_is_exact for A in self.operators)
 
     @property
+    def takes_complex(self) -> bool:
+        return self.complex_image
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         return self.shape
 
@@ -93,7 +97,7 @@ class Stack(LinearOperator):
     def _part_shapes(self) -> list[tuple[int, ...]]:
         """What each operator makes of an image, without the batch."""
         dtype = torch.complex64 if self.complex_image else torch.float32
-        tensor = next(_tensors(self.operators), None)
+        tensor = next(tensors(self.operators), None)
         device = torch.device("cpu") if tensor is None else tensor.device
         x = torch.zeros(1, *self.shape, dtype=dtype, device=device)
         parts = [A(x) for A in self.operators]
@@ -156,8 +160,11 @@ class OnChannels(LinearOperator):
         x = self.operator.prox(u, y, rho, max_steps=max_steps, rtol=rtol)
         return v + self._among(x - u)
 
-    def norm(self, like: X, *, max_steps: int = 200, rtol: float = 1e-5) -> float:
-        return self.operator.norm(self._seen(like), max_steps=max_steps, rtol=rtol)
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 200, rtol: float = 1e-5
+    ) -> float:
+        seen = None if like is None else self._seen(like)
+        return self.operator.norm(seen, max_steps=max_steps, rtol=rtol)
 
     def check_image(self, x: Tensor) -> None:
         if x.ndim < 3 or x.shape[1] != self.of:
@@ -173,6 +180,18 @@ class OnChannels(LinearOperator):
     @property
     def adjoint_is_exact(self) -> bool:
         return self.operator.adjoint_is_exact
+
+    @property
+    def image_channels(self) -> int:
+        return self.of
+
+    @property
+    def takes_complex(self) -> bool:
+        return self.operator.takes_complex
+
+    @property
+    def makes_complex(self) -> bool:
+        return self.operator.makes_complex
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -198,14 +217,3 @@ def on_channels(
     """[A 0]: the operator on one channel, or on some, of an image that has ``of``."""
     chosen = (channels,) if isinstance(channels, int) else tuple(channels)
     return OnChannels(operator, chosen, of)
-
-
-def _tensors(A: object) -> Iterator[Tensor]:
-    if isinstance(A, Tensor):
-        yield A
-    elif isinstance(A, tuple):
-        for part in A:
-            yield from _tensors(part)
-    elif isinstance(A, LinearOperator) and is_dataclass(A):
-        for field in fields(A):
-            yield from _tensors(getattr(A, field.name))

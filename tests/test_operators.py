@@ -186,6 +186,14 @@ def test_norm_is_the_largest_singular_value(A: LinearOperator, x: Tensor) -> Non
     assert A.norm(x) == pytest.approx(largest, rel=5e-3)
 
 
+def test_norm_makes_an_image_of_its_own(A: LinearOperator, x: Tensor) -> None:
+    if A.image_shape:
+        assert A.norm() == pytest.approx(A.norm(x), rel=2e-2)
+    elif type(A).norm is LinearOperator.norm and not A.is_unitary:
+        with pytest.raises(ValueError, match="give norm an image"):
+            A.norm()
+
+
 def test_unitary_operators_are_unitary(A: LinearOperator, x: Tensor) -> None:
     M = dense(A, x)
     square = M.shape[0] == M.shape[1]

@@ -131,7 +131,9 @@ class FromDeepinvSVD(LinearOperator):
             rho = per_item(rho.flatten(), gradient)
         return v + physics.V(gradient / (physics.mask.abs().square() + rho))
 
-    def norm(self, like: X, *, max_steps: int = 0, rtol: float = 0.0) -> float:
+    def norm(
+        self, like: X | None = None, *, max_steps: int = 0, rtol: float = 0.0
+    ) -> float:
         return float(self.physics.mask.abs().max())
 
     @property
