@@ -92,6 +92,14 @@ class LinearOperator(Operator):
     is_unitary: ClassVar[bool] = False
     """Whether AᴴA = AAᴴ = I, which gives compositions their closed forms."""
 
+    def check_image(self, x: Tensor) -> None:
+        super().check_image(x)
+        if self.takes_complex and not x.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} takes complex images, got {x.dtype}: write "
+                "A @ RealImage(), or A @ ComplexChannels() for two channels"
+            )
+
     @property
     def adjoint_is_exact(self) -> bool:
         """Whether ``adjoint`` is Aᴴ to rounding; else inner iterations are kept few."""

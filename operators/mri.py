@@ -289,6 +289,10 @@ class ComplexChannels(LinearOperator):
 
 
 def _check_maps(maps: Tensor) -> None:
+    if not maps.is_complex():
+        raise ValueError(
+            f"coil maps are complex, got {maps.dtype}: give maps.to(torch.complex64)"
+        )
     if maps.ndim < 2 or 0 in maps.shape:
         raise ValueError(
             f"coil maps are (coils, *space), got {tuple(maps.shape)}: a batch shares "
@@ -301,10 +305,6 @@ def _check_maps(maps: Tensor) -> None:
 
 
 def _check_seen(x: Tensor) -> None:
-    if not x.is_complex():
-        raise ValueError(
-            "coils see complex images: put RealImage() or ComplexChannels() before them"
-        )
     if x.shape[1] != 1:
         raise ValueError(
             f"coils see images of one channel, got {x.shape[1]}: (batch, 1, *space)"

@@ -72,11 +72,6 @@ class NonCartesian(LinearOperator):
         return tuple(self.trajectory.shape[:-1])
 
     def apply(self, x: X) -> Y:
-        if not x.is_complex():
-            raise ValueError(
-                "NonCartesian takes complex images: put RealImage() or "
-                "ComplexChannels() before it"
-            )
         return WithAdjoint.apply(x, self._forward, self._backward)
 
     def adjoint(self, y: Y) -> X:

@@ -144,7 +144,7 @@ def test_maps_that_make_no_sense_are_refused(maps: Tensor, message: str) -> None
 @pytest.mark.parametrize("make", [Coils, lambda S: MultiCoil(S, torch.ones(4, 4))])
 def test_coils_refuse_what_is_no_complex_image(make: Callable) -> None:
     A = make(torch.ones(2, 4, 4, dtype=complex128))
-    with pytest.raises(ValueError, match=r"put RealImage\(\) or ComplexChannels\(\)"):
+    with pytest.raises(ValueError, match="takes complex images"):
         A(torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match="one channel, got 2"):
         A(torch.ones(1, 2, 4, 4, dtype=complex128))

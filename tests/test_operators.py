@@ -270,6 +270,24 @@ def test_wrong_shapes_are_refused_in_one_line(name: str, generator: Generator) -
         assert "\n" not in str(error.value)
 
 
+def test_real_images_are_refused_where_complex_ones_are_measured(
+    A: LinearOperator, x: Tensor
+) -> None:
+    if A.takes_complex:
+        assert x.is_complex()
+        with pytest.raises(ValueError, match=r"A @ RealImage\(\)"):
+            A(x.real)
+
+
+@pytest.mark.parametrize("make", [lambda x: x + 0j, Tensor.int])
+def test_attenuation_is_real(make: Callable[[Tensor], Tensor]) -> None:
+    A = ops.ParallelBeam((4, 4), torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match="attenuation is real"):
+        A.check_image(make(torch.ones(1, 1, 4, 4)))
+    with pytest.raises(ValueError, match="attenuation is real"):
+        A.check_measurements(make(torch.ones(1, 1, 2, A.detectors)))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_complex_image_is_two_channels(channels: int) -> None:
     with pytest.raises(ValueError, match=f"two channels, got {channels}"):

@@ -450,7 +450,7 @@ def to_deepinv(
             channel where it leaves the channels open.
     """
     own = operator.image_shape
-    image = tuple(image_shape or (own if len(own) > 2 else (1, *own)))
+    image = image_shape or (own if len(own) > 2 else (operator.image_channels, *own))
     if len(image) < 3:
         raise ValueError(
             f"{type(operator).__name__} takes images of any size: give to_deepinv "
@@ -461,8 +461,7 @@ def to_deepinv(
             f"to_deepinv takes GaussianNoise, not {type(noise).__name__}: set the "
             "physics' noise_model to one of deepinv's"
         )
-    nothing = operator(torch.zeros(1, *image))
-    if operator.adjoint(nothing).is_complex():
+    if operator.takes_complex:
         raise ValueError(
             f"{type(operator).__name__} takes complex images, but deepinv's are two "
             "real channels: give to_deepinv(operator @ ComplexChannels())"

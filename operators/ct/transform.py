@@ -59,6 +59,14 @@ class RayTransform(LinearOperator):
         """False where ASTRA projects with CUDA: its back-projector is another model."""
         return not (self._chosen() == "astra" and self._on_gpu())
 
+    def check_image(self, x: Tensor) -> None:
+        super().check_image(x)
+        _check_real(x, "an image")
+
+    def check_measurements(self, y: Tensor) -> None:
+        super().check_measurements(y)
+        _check_real(y, "measurements")
+
     def apply(self, x: X) -> Y:
         return WithAdjoint.apply(x, self._forward, self._backward)
 
@@ -97,3 +105,11 @@ class RayTransform(LinearOperator):
                 A, At = joseph.matrices(self.scan, t.dtype, t.device)
                 out = joseph.multiply(A if forward else At, t.reshape(-1, prod(given)))
         return out.reshape(*leading, *made)
+
+
+def _check_real(t: Tensor, what: str) -> None:
+    if not t.is_floating_point():
+        raise ValueError(
+            f"attenuation is real, but {what} of {t.dtype} was given: convert it, or "
+            "give the real part"
+        )
