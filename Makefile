@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/invsolve demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: .venv/installed
 	$(BIN)/ruff check .

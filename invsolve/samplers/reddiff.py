@@ -49,6 +49,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "normalize": "bayes",
             "weight": "calibrated",
             "optimizer": "prox",
+            "antithetic": True,
             "init": "zeros",
         },
     }
