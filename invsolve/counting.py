@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .operators import LinearOperator, Operator
+from .operators.base import Around
 from .priors import AffineMap, Prior
 from .shapes import Sigma, X, Y
 
@@ -99,7 +100,7 @@ class CountedOperator(Operator):
 
 
 @final
-class CountedLinear(LinearOperator):
+class CountedLinear(Around):
     """A linear operator that counts, inside conjugate gradients too.
 
     A ``pinv`` or ``prox`` of the operator's own is one closed form; the general ones
@@ -112,30 +113,6 @@ class CountedLinear(LinearOperator):
     @property
     def is_unitary(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.is_unitary
-
-    @property
-    def adjoint_is_exact(self) -> bool:
-        return self.inner.adjoint_is_exact
-
-    @property
-    def image_channels(self) -> int:
-        return self.inner.image_channels
-
-    @property
-    def takes_complex(self) -> bool:
-        return self.inner.takes_complex
-
-    @property
-    def makes_complex(self) -> bool:
-        return self.inner.makes_complex
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self.inner.image_shape
-
-    @property
-    def measurement_shape(self) -> tuple[int, ...]:
-        return self.inner.measurement_shape
 
     def apply(self, x: X) -> Y:
         self.tally.applies += len(x)

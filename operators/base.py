@@ -233,9 +233,39 @@ class Identity(LinearOperator):
         return y
 
 
+class Around(LinearOperator):
+    """An operator around another, of images and measurements like that one's."""
+
+    inner: LinearOperator
+
+    @property
+    def adjoint_is_exact(self) -> bool:
+        return self.inner.adjoint_is_exact
+
+    @property
+    def image_channels(self) -> int:
+        return self.inner.image_channels
+
+    @property
+    def takes_complex(self) -> bool:
+        return self.inner.takes_complex
+
+    @property
+    def makes_complex(self) -> bool:
+        return self.inner.makes_complex
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.inner.image_shape
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        return self.inner.measurement_shape
+
+
 @final
 @dataclass(frozen=True, eq=False)
-class Scaled(LinearOperator):
+class Scaled(Around):
     """c A, written ``c * A``."""
 
     factor: float
@@ -274,30 +304,6 @@ class Scaled(LinearOperator):
         self, like: X | None = None, *, max_steps: int = 200, rtol: float = 1e-5
     ) -> float:
         return abs(self.factor) * self.inner.norm(like, max_steps=max_steps, rtol=rtol)
-
-    @property
-    def adjoint_is_exact(self) -> bool:
-        return self.inner.adjoint_is_exact
-
-    @property
-    def image_channels(self) -> int:
-        return self.inner.image_channels
-
-    @property
-    def takes_complex(self) -> bool:
-        return self.inner.takes_complex
-
-    @property
-    def makes_complex(self) -> bool:
-        return self.inner.makes_complex
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self.inner.image_shape
-
-    @property
-    def measurement_shape(self) -> tuple[int, ...]:
-        return self.inner.measurement_shape
 
 
 @final
