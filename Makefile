@@ -42,8 +42,8 @@ test-cuda: .venv/installed
 	timeout $(MINUTES)m $(BIN)/python -m pytest -q -m cuda
 
 bench-cuda: .venv/installed
-	timeout $(MINUTES)m $(BIN)/python benchmarks/operators.py --device cuda --out $(RUNS)/operators
-	timeout $(MINUTES)m $(BIN)/python benchmarks/ct_headneck.py --device cuda --out $(RUNS)/bench-cuda
+	timeout $(MINUTES)m sh -c '$(BIN)/python benchmarks/operators.py --device cuda --out $(RUNS)/operators \
+		&& $(BIN)/python benchmarks/ct_headneck.py --device cuda --out $(RUNS)/bench-cuda'
 
 train-priors: .venv/installed
 	$(BIN)/invsolve train configs/ct-headneck-128-gpu.toml --out $(RUNS)/ct-headneck-128 --minutes $(MINUTES)

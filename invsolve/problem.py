@@ -61,7 +61,7 @@ class InverseProblem:
         if not isinstance(self.operator, LinearOperator):
             raise ValueError(
                 "this needs a linear operator, and the problem's is not: use reddiff "
-                "(by adam or sgd) or dps"
+                "(by adam or sgd), daps (inner='langevin') or dps"
             )
         return self.operator
 
