@@ -21,7 +21,7 @@ from tqdm import tqdm
 import invsolve as iv
 from invsolve import io, operators as ops, samplers
 from invsolve.metrics import body_mask, psnr
-from invsolve.priors import Prior, karras_sigmas
+from invsolve.priors import Prior
 from invsolve.random import randn_like
 from invsolve.units import MU_WATER, hu_to_mu, mu_to_hu
 
@@ -109,9 +109,10 @@ def draw(
     prior: Prior, n: int, steps: int, shape: torch.Size, generator: Generator
 ) -> Tensor:
     """Unconditional samples by the probability flow."""
-    sigmas = karras_sigmas(steps, prior.sigma_min, prior.sigma_max)
-    start = sigmas[0] * randn_like(torch.zeros(n, *shape), generator)
-    return samplers.heun(prior, sigmas, start, progress=tqdm)
+    like = torch.zeros(n, *shape)
+    return samplers.unconditional(
+        prior, like, steps=steps, generator=generator, progress=tqdm
+    )
 
 
 def save_sheet(hu: Tensor, path: Path) -> None:

@@ -128,7 +128,8 @@ def with_noise(
         return n
 
     with ExitStack() as stack:
-        for name in (sampler.__module__, "invsolve.samplers.core"):
+        modules = ("invsolve.samplers.core", "invsolve.samplers.solvers")
+        for name in {sampler.__module__, *modules}:
             if hasattr(sys.modules[name], "randn_like"):
                 stack.enter_context(
                     patch.object(sys.modules[name], "randn_like", given)

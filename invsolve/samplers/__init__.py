@@ -1,5 +1,6 @@
 """Posterior samplers, one paper to a file, and the classical methods beside them."""
 
+from . import solvers as solvers
 from .classical import cgls as cgls, fbp as fbp, sirt as sirt, tv as tv
 from .core import Kind as Kind, Sampler as Sampler
 from .daps import daps as daps
@@ -11,4 +12,4 @@ from .mmps import mmps as mmps
 from .pigdm import pigdm as pigdm
 from .reddiff import reddiff as reddiff
 from .tmpd import tmpd as tmpd
-from .unconditional import heun as heun
+from .unconditional import unconditional as unconditional

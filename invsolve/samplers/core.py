@@ -75,6 +75,8 @@ def ddim(
 
     Song et al. 2021, eq. 12; η = 1 is ancestral sampling.
     """
+    if eta == 0:
+        return x0 + sigma_next * (x - x0) / sigma
     fresh = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
     kept = (sigma_next**2 - fresh**2).clamp_min(0).sqrt()
     return x0 + kept * (x - x0) / sigma + fresh * randn_like(x, generator)
@@ -82,7 +84,12 @@ def ddim(
 
 def transitions(sigmas: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(σ, σ′) for each step, the last one going to σ′ = 0."""
-    return list(pairwise([*sigmas, torch.zeros_like(sigmas[0])]))
+    return list(pairwise(path(sigmas)))
+
+
+def path(sigmas: Tensor) -> Tensor:
+    """The levels with 0 after the lowest, as solvers take them."""
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 def start(like: X, sigma: Tensor, generator: Randomness) -> X:

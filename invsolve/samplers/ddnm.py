@@ -10,8 +10,9 @@ from torch import Tensor
 from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness, randn_like
-from ..shapes import X
-from .core import Progress, gives, image_like, levels, start, transitions
+from ..shapes import Sigma, X
+from .core import Progress, gives, image_like, levels, path, start, transitions
+from .solvers import Solver
 
 
 @gives("posterior_sample")
@@ -27,6 +28,7 @@ def ddnm(
     noisy: bool = False,
     cg_steps: int = 50,
     rtol: float = 1e-6,
+    solver: Solver | None = None,
     generator: Randomness,
     progress: Progress = iter,
 ) -> X:
@@ -54,6 +56,8 @@ def ddnm(
         eta: η, the fraction of the noise's amplitude that is fresh. It is not DDIM's η.
         noisy: DDNM+.
         cg_steps, rtol: of conjugate gradients for A⁺, where it has no closed form.
+        solver: one of `samplers.solvers`, which is given x̂₀ and takes ε̂ from it, instead
+            of the paper's step; not with ``noisy``.
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
 
@@ -61,8 +65,13 @@ def ddnm(
         One draw for each item of y.
 
     Raises:
-        ValueError: ``noisy`` without a single σ.
+        ValueError: ``noisy`` without a single σ, or with a solver.
     """
+    if noisy and solver is not None:
+        raise ValueError(
+            "ddnm(noisy=True) shapes the noise it adds, which a solver does not: leave "
+            "one of them out"
+        )
     A, y = problem.linear, problem.y
     like = image_like(problem)
     tau = like.new_zeros(())
@@ -76,10 +85,23 @@ def ddnm(
         tau = (weight**-0.5 / A.norm(like)).to(like)
     sigmas = levels(prior, like, steps, sigmas, sigma_range)
     x = start(like, sigmas[0], generator)
+
+    def project(denoised: X) -> X:
+        return A.pinv(y - A.apply(denoised), max_steps=cg_steps, rtol=rtol)
+
+    if solver is not None:
+
+        def posterior_mean(x: X, sigma: Sigma) -> X:
+            denoised = prior.denoise(x, sigma)
+            return denoised + project(denoised)
+
+        return solver(
+            posterior_mean, x, path(sigmas), generator=generator, progress=progress
+        )
     for sigma, sigma_next in progress(transitions(sigmas)):
         denoised = prior.denoise(x, sigma)
         kappa = torch.where(tau > sigma_next, sigma_next / tau, 1)
-        seen = A.pinv(y - A.apply(denoised), max_steps=cg_steps, rtol=rtol)
+        seen = project(denoised)
         nu = (1 - eta**2) ** 0.5 * (x - denoised) / sigma + eta * randn_like(
             x, generator
         )

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness, randn_like
-from ..shapes import X
-from .core import Progress, gives, image_like, levels, start, transitions
+from ..shapes import Sigma, X
+from .core import Progress, gives, image_like, levels, path, start, transitions
+from .solvers import Solver
 
 
 @gives("posterior_sample")
@@ -27,6 +28,7 @@ def dds(
     lam: float = 1.0,
     eta: float = 0.85,
     cg_steps: int = 5,
+    solver: Solver | None = None,
     generator: Randomness,
     progress: Progress = iter,
 ) -> X:
@@ -49,6 +51,8 @@ def dds(
         eta: η, the published code's: the fraction of the noise's amplitude that is
             fresh. It is not DDIM's η.
         cg_steps: M, at each level.
+        solver: one of `samplers.solvers`, which is given x̂₀ and takes ε̂ from it, instead
+            of the paper's step.
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
 
@@ -58,13 +62,24 @@ def dds(
     like = image_like(problem)
     sigmas = levels(prior, like, steps, sigmas, sigma_range)
     x = start(like, sigmas[0], generator)
+
+    def data_step(denoised: X, sigma: Sigma) -> X:
+        if gamma is None:
+            return problem.prox(denoised, lam / sigma**2, max_steps=cg_steps, rtol=0.0)
+        A, y = problem.linear, problem.y
+        return A.prox(denoised, y, 1 / gamma, max_steps=cg_steps, rtol=0.0)
+
+    if solver is not None:
+        return solver(
+            lambda x, sigma: data_step(prior.denoise(x, sigma), sigma),
+            x,
+            path(sigmas),
+            generator=generator,
+            progress=progress,
+        )
     for sigma, sigma_next in progress(transitions(sigmas)):
         denoised = prior.denoise(x, sigma)
-        if gamma is None:
-            x0 = problem.prox(denoised, lam / sigma**2, max_steps=cg_steps, rtol=0.0)
-        else:
-            A, y = problem.linear, problem.y
-            x0 = A.prox(denoised, y, 1 / gamma, max_steps=cg_steps, rtol=0.0)
+        x0 = data_step(denoised, sigma)
         eps = (x - denoised) / sigma
         n = randn_like(x, generator)
         x = x0 + sigma_next * ((1 - eta**2) ** 0.5 * eps + eta * n)

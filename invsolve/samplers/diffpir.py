@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..priors import Prior
 from ..problem import InverseProblem
-from ..random import Randomness, randn_like
-from ..shapes import X
-from .core import Progress, gives, image_like, levels, start, transitions
+from ..random import Randomness
+from ..shapes import Sigma, X
+from .core import Progress, gives, image_like, levels, path, start
+from .solvers import Renoise, Solver
 
 
 @gives("posterior_sample")
@@ -25,6 +26,7 @@ def diffpir(
     sigma_range: tuple[float, float] | None = None,
     lam: float = 1.0,
     zeta: float = 0.1,
+    solver: Solver | None = None,
     cg_steps: int = 50,
     rtol: float = 1e-4,
     generator: Randomness,
@@ -44,6 +46,8 @@ def diffpir(
         sigma_range: the lowest and the highest, where they are not the prior's.
         lam: λ, the prior's weight; 1 is what Bayes asks for.
         zeta: ζ, the fraction of the noise that is fresh at each step.
+        solver: one of `samplers.solvers` instead of `Renoise`, whose spread is too
+            small; the proximal step's bias stays.
         cg_steps, rtol: of conjugate gradients, where there is no closed form.
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
@@ -53,11 +57,15 @@ def diffpir(
     """
     like = image_like(problem)
     sigmas = levels(prior, like, steps, sigmas, sigma_range)
-    x = start(like, sigmas[0], generator)
-    for sigma, sigma_next in progress(transitions(sigmas)):
+
+    def posterior_mean(x: X, sigma: Sigma) -> X:
         denoised = prior.denoise(x, sigma)
-        x0 = problem.prox(denoised, lam / sigma**2, max_steps=cg_steps, rtol=rtol)
-        eps = (x - x0) / sigma
-        n = randn_like(x, generator)
-        x = x0 + sigma_next * ((1 - zeta) ** 0.5 * eps + zeta**0.5 * n)
-    return x
+        return problem.prox(denoised, lam / sigma**2, max_steps=cg_steps, rtol=rtol)
+
+    return (solver or Renoise(zeta))(
+        posterior_mean,
+        start(like, sigmas[0], generator),
+        path(sigmas),
+        generator=generator,
+        progress=progress,
+    )

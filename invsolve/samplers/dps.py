@@ -4,6 +4,8 @@ Chung, Kim, McCann, Klasky, Ye, "Diffusion Posterior Sampling for General Noisy 
 Problems", ICLR 2023, Algorithm 1.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,10 @@ from ..priors import Prior
 from ..priors.schedules import ddpm_sigmas
 from ..problem import InverseProblem
 from ..random import Randomness
-from ..shapes import X, per_item
-from .core import Progress, ddim, gives, start, transitions
+from ..shapes import Sigma, X, per_item
+from .core import Progress, ddim, gives, path, start, transitions
+from .jacobian import denoise_with_vjp
+from .solvers import DDIM, Solver
 
 
 @gives("steered")
@@ -25,6 +29,8 @@ def dps(
     sigmas: Tensor | None = None,
     zeta: float = 1.0,
     eta: float = 1.0,
+    loss: Literal["norm", "likelihood"] = "norm",
+    solver: Solver | None = None,
     generator: Randomness,
     progress: Progress = iter,
 ) -> X:
@@ -45,11 +51,20 @@ def dps(
         zeta: ζ; 0.3 for super-resolution and blur, 0.5 for random inpainting, 1.0 for
             phase retrieval in the paper, for images in [−1, 1].
         eta: η, 1 for ancestral sampling and 0 for none but the first noise.
+        loss: ``norm`` as in the paper's experiments, or ``likelihood``, its equation:
+
+                x̂₀ = D + ζσ² ∇_x log p(y | D(x; σ)),   x ← DDIM(η)(x, x̂₀)
+
+            which takes D for certain. With few steps or little noise it diverges.
+        solver: one of `samplers.solvers` instead of DDIM, with ``likelihood``.
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
 
     Returns:
         One image for each item of y.
+
+    Raises:
+        ValueError: a solver with ``norm``.
     """
     like = problem.image_like()
     problem = problem.without_hidden(like)
@@ -57,6 +72,20 @@ def dps(
         sigmas = ddpm_sigmas(steps).clamp(prior.sigma_min, prior.sigma_max)
     sigmas = sigmas.to(like.device, like.dtype)
     x = start(like, sigmas[0], generator)
+    if loss == "likelihood":
+
+        def guided(x: X, sigma: Sigma) -> X:
+            x0, vjp = denoise_with_vjp(prior, x, sigma)
+            return x0 - zeta * sigma**2 * vjp(problem.misfit_grad(x0))
+
+        return (solver or DDIM(eta))(
+            guided, x, path(sigmas), generator=generator, progress=progress
+        )
+    if solver is not None:
+        raise ValueError(
+            "dps steps back from the norm after each DDIM step, which no solver does: "
+            "add loss='likelihood', or leave the solver out"
+        )
     for sigma, sigma_next in progress(transitions(sigmas)):
         x0, grad = misfit_norm_grad(problem, prior, x, sigma)
         with torch.no_grad():

@@ -11,9 +11,10 @@ from ..linalg import cg
 from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness
-from ..shapes import X, Y
-from .core import Progress, ddim, gives, image_like, levels, start, transitions
+from ..shapes import Sigma, X, Y
+from .core import Progress, gives, image_like, levels, path, start
 from .jacobian import denoise_with_vjp
+from .solvers import DDIM, Solver
 
 
 @gives("posterior_sample")
@@ -26,6 +27,7 @@ def mmps(
     sigmas: Tensor | None = None,
     sigma_range: tuple[float, float] | None = None,
     eta: float = 1.0,
+    solver: Solver | None = None,
     cg_steps: int = 3,
     rtol: float = 1e-3,
     generator: Randomness,
@@ -46,6 +48,7 @@ def mmps(
         sigmas: the noise levels instead, highest first.
         sigma_range: the lowest and the highest, where they are not the prior's.
         eta: η of DDIM: 1 for ancestral sampling, 0 for none but the first noise.
+        solver: one of `samplers.solvers` instead of DDIM.
         cg_steps, rtol: of conjugate gradients for u. A network's J is not quite
             symmetric, so that few steps are the safer choice.
         generator: where every random number comes from.
@@ -58,11 +61,11 @@ def mmps(
     sigmas = levels(prior, like, steps, sigmas, sigma_range)
     # Conjugate gradients go by the whole residual, which no hidden part should sway.
     A, y = problem.without_hidden(like).whitened()
-    x = start(like, sigmas[0], generator)
-    for sigma, sigma_next in progress(transitions(sigmas)):
+
+    def posterior_mean(x: X, sigma: Sigma) -> X:
         denoised, vjp = denoise_with_vjp(prior, x, sigma)
 
-        def covariance(u: Y, vjp=vjp, sigma=sigma) -> Y:
+        def covariance(u: Y) -> Y:
             return A.apply(sigma**2 * vjp(A.adjoint(u))) + u
 
         residual = y - A.apply(denoised)
@@ -73,6 +76,12 @@ def mmps(
             max_steps=cg_steps,
             rtol=rtol,
         )
-        x0 = denoised + sigma**2 * vjp(A.adjoint(u))
-        x = ddim(x, x0, sigma, sigma_next, eta, generator)
-    return x
+        return denoised + sigma**2 * vjp(A.adjoint(u))
+
+    return (solver or DDIM(eta))(
+        posterior_mean,
+        start(like, sigmas[0], generator),
+        path(sigmas),
+        generator=generator,
+        progress=progress,
+    )

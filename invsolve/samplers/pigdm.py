@@ -10,9 +10,10 @@ from torch import Tensor
 from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness
-from ..shapes import X
-from .core import Progress, ddim, gives, image_like, levels, start, transitions
+from ..shapes import Sigma, X
+from .core import Progress, gives, image_like, levels, path, start
 from .jacobian import denoise_with_vjp
+from .solvers import DDIM, Solver
 
 
 @gives("posterior_sample")
@@ -26,6 +27,7 @@ def pigdm(
     sigma_range: tuple[float, float] | None = None,
     spread: float = 1.0,
     eta: float = 1.0,
+    solver: Solver | None = None,
     cg_steps: int = 50,
     rtol: float = 1e-4,
     generator: Randomness,
@@ -49,6 +51,7 @@ def pigdm(
         sigma_range: the lowest and the highest, where they are not the prior's.
         spread: s, the standard deviation of the images' pixels in the prior's range.
         eta: η of DDIM: 1 for ancestral sampling, 0 for none but the first noise.
+        solver: one of `samplers.solvers` instead of DDIM.
         cg_steps, rtol: of conjugate gradients, where there is no closed form.
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
@@ -58,12 +61,18 @@ def pigdm(
     """
     like = image_like(problem)
     sigmas = levels(prior, like, steps, sigmas, sigma_range)
-    x = start(like, sigmas[0], generator)
-    for sigma, sigma_next in progress(transitions(sigmas)):
+
+    def posterior_mean(x: X, sigma: Sigma) -> X:
         denoised, vjp = denoise_with_vjp(prior, x, sigma)
         r2 = (sigma * spread) ** 2 / (sigma**2 + spread**2)
         # By the push-through identity Aᴴ(r²AAᴴ + W⁻¹)⁻¹(y − A D) is a proximal step.
         fitted = problem.prox(denoised, 1 / r2, max_steps=cg_steps, rtol=rtol)
-        x0 = denoised + sigma**2 * vjp((fitted - denoised) / r2)
-        x = ddim(x, x0, sigma, sigma_next, eta, generator)
-    return x
+        return denoised + sigma**2 * vjp((fitted - denoised) / r2)
+
+    return (solver or DDIM(eta))(
+        posterior_mean,
+        start(like, sigmas[0], generator),
+        path(sigmas),
+        generator=generator,
+        progress=progress,
+    )

@@ -12,8 +12,9 @@ from ..operators import Mask
 from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness
-from ..shapes import X
-from .core import Progress, ddim, gives, image_like, levels, start, transitions
+from ..shapes import Sigma, X
+from .core import Progress, gives, image_like, levels, path, start
+from .solvers import DDIM, Solver
 
 
 @gives("posterior_sample")
@@ -27,6 +28,7 @@ def tmpd(
     sigma_range: tuple[float, float] | None = None,
     lam: float = 1.0,
     eta: float = 1.0,
+    solver: Solver | None = None,
     cg_steps: int = 10,
     rtol: float = 1e-3,
     generator: Randomness,
@@ -53,6 +55,7 @@ def tmpd(
         sigma_range: the lowest and the highest, where they are not the prior's.
         lam: λ.
         eta: η of DDIM: 1 for ancestral sampling, 0 for none but the first noise.
+        solver: one of `samplers.solvers` instead of DDIM.
         cg_steps, rtol: of conjugate gradients at each level.
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
@@ -63,22 +66,28 @@ def tmpd(
     like = image_like(problem)
     sigmas = levels(prior, like, steps, sigmas, sigma_range)
     A, y = problem.whitened()
-    x = start(like, sigmas[0], generator)
-    for sigma, sigma_next in progress(transitions(sigmas)):
+
+    def posterior_mean(x: X, sigma: Sigma) -> X:
         denoised, row_sums = denoise_and_row_sums(prior, x, sigma)
         R = Mask(sigma * (row_sums.clamp(0, 1) / lam).sqrt())
         AR = A @ R
         b = AR.adjoint(y - A.apply(denoised))
         u = cg(
-            lambda u, AR=AR: AR.normal(u) + u,
+            lambda u: AR.normal(u) + u,
             b,
             torch.zeros_like(b),
             max_steps=cg_steps,
             rtol=rtol,
         )
-        x0 = denoised + R.apply(u)
-        x = ddim(x, x0, sigma, sigma_next, eta, generator)
-    return x
+        return denoised + R.apply(u)
+
+    return (solver or DDIM(eta))(
+        posterior_mean,
+        start(like, sigmas[0], generator),
+        path(sigmas),
+        generator=generator,
+        progress=progress,
+    )
 
 
 def denoise_and_row_sums(prior: Prior, x: X, sigma: Tensor) -> tuple[X, X]:

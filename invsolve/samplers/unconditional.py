@@ -1,33 +1,50 @@
-"""Draws from the prior alone: what it thinks an image looks like.
-
-Heun's method on the probability-flow ODE dx/dσ = (x − D(x; σ))/σ (Karras et al. 2022,
-Algorithm 1).
-"""
+"""Draws from the prior alone: what it thinks an image looks like."""
 
 import torch
 from torch import Tensor
 
 from ..priors import Prior
+from ..random import Randomness
 from ..shapes import X
-from .core import Progress, transitions
+from .core import Progress, levels, path, start
+from .solvers import Heun, Solver
 
 
 @torch.no_grad()
-def heun(prior: Prior, sigmas: Tensor, x: X, *, progress: Progress = iter) -> X:
-    """Carry x from the level sigmas[0] to 0, by two passes a step and one at the last.
+def unconditional(
+    prior: Prior,
+    like: X,
+    *,
+    steps: int = 50,
+    sigmas: Tensor | None = None,
+    sigma_range: tuple[float, float] | None = None,
+    solver: Solver | None = None,
+    generator: Randomness,
+    progress: Progress = iter,
+) -> X:
+    """x₀ ~ p(x₀): from noise of the highest level to an image.
 
     Args:
         prior: the denoiser.
-        sigmas: noise levels, highest first.
-        x: a state of level sigmas[0]: σ₀n, far above the images' own spread.
+        like: images of which the shape, dtype and device are used.
+        steps: how many, spaced as Karras et al. between the prior's levels.
+        sigmas: the noise levels instead, highest first, in the prior's range.
+        sigma_range: the lowest and the highest, where they are not the prior's.
+        solver: `Heun` on the probability-flow ODE (two passes a step) unless given;
+            ``DDIM(1.0)`` is ancestral sampling.
+        generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
+
+    Returns:
+        As many draws as ``like`` has images, in their own unit.
     """
-    for sigma, sigma_next in progress(transitions(sigmas)):
-        d = prior.eps(x, sigma)
-        x_euler = x + (sigma_next - sigma) * d
-        if sigma_next > 0:
-            d_next = prior.eps(x_euler, sigma_next)
-            x = x + (sigma_next - sigma) * (d + d_next) / 2
-        else:
-            x = x_euler
-    return x
+    inner, map = prior.normalised
+    sigmas = levels(inner, like, steps, sigmas, sigma_range)
+    u = (solver or Heun())(
+        inner.denoise,
+        start(like, sigmas[0], generator),
+        path(sigmas),
+        generator=generator,
+        progress=progress,
+    )
+    return map(u)
