@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.distributions import Normal
+from torch.nn.functional import interpolate
 from torch.optim.swa_utils import AveragedModel
 
 from invsolve import io
@@ -33,7 +34,7 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """Which images: every slice of every file in a folder."""
+    """Which images: every slice of every file in a folder, or parts of photographs."""
 
     train: Path
     val: Path
@@ -47,6 +48,12 @@ class Data(_Section):
     """Leave out slices with fewer pixels than this above 0.25 in the prior's range."""
     shift: int = Field(default=8, ge=0)
     """Random translation by up to so many pixels, the background coming in."""
+    photo_crops: int = Field(default=0, ge=0)
+    """Cut so many squares out of each file, a photograph in colour; 0 for slices."""
+    size: int = Field(default=64, gt=0)
+    """Side of those squares in pixels, after scaling."""
+    zoom: float = Field(default=8.0, ge=1)
+    """They are scaled down by up to so much, evenly in its logarithm."""
     flip: bool = True
     """Random left–right mirroring."""
     crop: int = Field(default=0, ge=0)
@@ -153,6 +160,42 @@ def load_slices(folder: Path, data: Data) -> Tensor:
     return slices
 
 
+def load_photos(folder: Path, data: Data, generator: Generator) -> Tensor:
+    """Squares of photographs at random places and scales: (n, 3, y, x), float16."""
+    from skimage.io import imread
+
+    files = sorted(folder.glob(data.pattern))
+    if not files:
+        raise ValueError(f"no file matches {folder / data.pattern}: check data.train")
+    to_prior = AffineMap(data.scale, data.offset).inverse
+    kept = []
+    for path in files:
+        array = imread(path)
+        if array.ndim != 3 or array.shape[2] < 3:
+            raise ValueError(f"{path} is not in colour: leave it out")
+        photo = torch.from_numpy(array[..., :3].copy()).permute(2, 0, 1)
+        if min(photo.shape[1:]) < data.size:
+            raise ValueError(f"{path} is smaller than data.size: leave it out")
+        most = min(data.zoom, min(photo.shape[1:]) / data.size)
+        for u in torch.rand(data.photo_crops, 3, generator=generator).tolist():
+            side = round(data.size * most ** u[0])
+            i, j = (
+                int(f * (n - side + 1))
+                for f, n in zip(u[1:], photo.shape[1:], strict=True)
+            )
+            square = photo[None, :, i : i + side, j : j + side].float() / 255
+            small = interpolate(square, [data.size] * 2, mode="area")
+            kept.append(to_prior(small).half())
+    return torch.cat(kept)
+
+
+def load_images(folder: Path, data: Data, generator: Generator) -> Tensor:
+    """What the configuration asks for: slices, or squares of photographs."""
+    if data.photo_crops:
+        return load_photos(folder, data, generator)
+    return load_slices(folder, data)
+
+
 def train(
     config: TrainConfig,
     out: Path,
@@ -180,9 +223,11 @@ def train(
     device = device or torch.device("cpu")
     opt = config.optimisation
     every = checkpoint_every or max(1, opt.images // 50)
+    # Of the pictures' own: a run that goes on draws the same ones.
+    cutting = Generator().manual_seed(seed)
+    images = load_images(config.data.train, config.data, cutting)
+    val = load_images(config.data.val, config.data, cutting)
     generator = Generator().manual_seed(seed)
-    images = load_slices(config.data.train, config.data)
-    val = load_slices(config.data.val, config.data)
     val = val[torch.linspace(0, len(val) - 1, 48).long()].float()
 
     network = UNetConfig.from_dict({**UNetConfig().to_dict(), **config.network})

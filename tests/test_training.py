@@ -23,6 +23,7 @@ from invsolve.training import (
     _batch,
     _warm_ema,
     edm_loss,
+    load_photos,
     load_slices,
     train,
 )
@@ -197,6 +198,65 @@ def batch(
     images = load_slices(data.train, data)
     changed = data.model_copy(update=changes)
     return images.float(), _batch(images, changed, n, crop, Generator().manual_seed(0))
+
+
+def photo(path: Path, height: int, width: int) -> np.ndarray:
+    """Colours that tell the place: red the row, green the column."""
+    from skimage.io import imsave
+
+    row, column = np.mgrid[:height, :width]
+    array = np.stack([row, column, 0 * row + 7], axis=2).astype(np.uint8)
+    imsave(path, array, check_contrast=False)
+    return array
+
+
+def test_squares_of_photographs_are_parts_of_them(tmp_path: Path) -> None:
+    """Unscaled they are the pixels; scaled down, means over them."""
+    photo(tmp_path / "a.png", 40, 30)
+    data = Data.model_validate(
+        {
+            "train": tmp_path,
+            "val": tmp_path,
+            "pattern": "*.png",
+            "photo_crops": 50,
+            "size": 8,
+            "zoom": 1.0,
+            "scale": 0.5,
+            "offset": 0.5,
+        }
+    )
+    squares = load_photos(tmp_path, data, Generator().manual_seed(0)).float()
+    assert squares.shape == (50, 3, 8, 8)
+    colours = 255 * (squares + 1) / 2
+    steps = torch.arange(8.0)
+    assert (colours[:, 2] - 7).abs().max() < 0.2
+    for square in colours:
+        assert (square[0] - square[0, 0, 0] - steps[:, None]).abs().max() < 0.2
+        assert (square[1] - square[1, 0, 0] - steps).abs().max() < 0.2
+    wide = data.model_copy(update={"zoom": 3.0})
+    squares = load_photos(tmp_path, wide, Generator().manual_seed(0)).float()
+    slopes = 255 * (squares[:, 0, 7, 0] - squares[:, 0, 0, 0]) / 2 / 7
+    assert slopes.min() >= 0.9
+    assert 2.5 < slopes.max() <= 3.4  # pixels of the photograph for one of the square
+    again = load_photos(tmp_path, wide, Generator().manual_seed(0)).float()
+    assert torch.equal(again, squares)
+
+
+def test_photographs_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
+    from skimage.io import imsave
+
+    values = {"train": tmp_path, "val": tmp_path, "pattern": "*.png", "photo_crops": 2}
+    data = Data.model_validate(values)
+    generator = Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="no file matches"):
+        load_photos(tmp_path, data, generator)
+    photo(tmp_path / "a.png", 40, 90)
+    with pytest.raises(ValueError, match=r"smaller than data\.size"):
+        load_photos(tmp_path, data, generator)
+    grey = np.zeros((80, 80), np.uint8)
+    imsave(tmp_path / "a.png", grey, check_contrast=False)
+    with pytest.raises(ValueError, match="not in colour"):
+        load_photos(tmp_path, data, generator)
 
 
 def test_a_batch_is_of_the_images(data: Data) -> None:
