@@ -1,6 +1,9 @@
 """What a solve costs: passes of the network and applications of the operator."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import final
 
 import torch
@@ -15,13 +18,26 @@ from .shapes import Sigma, X, Y
 @final
 @dataclass
 class Tally:
-    """Counts of images, so that a batch of 8 through the network is 8 forwards."""
+    """Counts of images, so that a batch of 8 through the network is 8 forwards.
+
+    And seconds: of a backward pass between the gradient's arrival at the network's
+    output and at its input.
+    """
 
     forwards: int = 0
     backwards: int = 0
     applies: int = 0
     adjoints: int = 0
     closed_forms: int = 0
+    network_seconds: float = 0.0
+    operator_seconds: float = 0.0
+
+    @contextmanager
+    def operator(self) -> Iterator[None]:
+        """Time that is the operator's."""
+        begin = perf_counter()
+        yield
+        self.operator_seconds += perf_counter() - begin
 
 
 @final
@@ -33,14 +49,25 @@ class CountedPrior(Prior):
         self.sigma_min, self.sigma_max = inner.sigma_min, inner.sigma_max
 
     def denoise(self, x: X, sigma: Sigma) -> X:
-        self.tally.forwards += len(x)
+        tally = self.tally
+        tally.forwards += len(x)
+        begin = perf_counter()
         out = self.inner.denoise(x, sigma)
+        tally.network_seconds += perf_counter() - begin
         if out.requires_grad:
-            out.register_hook(self._count_backward)
-        return out
 
-    def _count_backward(self, grad: Tensor) -> None:
-        self.tally.backwards += len(grad)
+            def arrive(grad: Tensor) -> None:
+                nonlocal begin
+                tally.backwards += len(grad)
+                begin = perf_counter()
+
+            def leave(grad: Tensor) -> None:
+                tally.network_seconds += perf_counter() - begin
+
+            out.register_hook(arrive)
+            if x.requires_grad:
+                x.register_hook(leave)
+        return out
 
     @property
     def normalised(self) -> tuple[Prior, AffineMap]:
@@ -70,16 +97,19 @@ class CountedOperator(Operator):
 
     def apply(self, x: X) -> Y:
         self.tally.applies += len(x)
-        return self.inner.apply(x)
+        with self.tally.operator():
+            return self.inner.apply(x)
 
     def vjp(self, x: X, v: Y) -> X:
         self.tally.applies += len(x)
         self.tally.adjoints += len(x)
-        return self.inner.vjp(x, v)
+        with self.tally.operator():
+            return self.inner.vjp(x, v)
 
     def guess(self, y: Y) -> X:
         self.tally.closed_forms += len(y)
-        return self.inner.guess(y)
+        with self.tally.operator():
+            return self.inner.guess(y)
 
     def image_like(self, y: Y) -> X:
         return self.inner.image_like(y)
@@ -116,17 +146,20 @@ class CountedLinear(Around):
 
     def apply(self, x: X) -> Y:
         self.tally.applies += len(x)
-        return self.inner.apply(x)
+        with self.tally.operator():
+            return self.inner.apply(x)
 
     def adjoint(self, y: Y) -> X:
         self.tally.adjoints += len(y)
-        return self.inner.adjoint(y)
+        with self.tally.operator():
+            return self.inner.adjoint(y)
 
     def pinv(self, y: Y, *, max_steps: int = 100, rtol: float = 1e-6) -> X:
         if type(self.inner).pinv is LinearOperator.pinv:
             return super().pinv(y, max_steps=max_steps, rtol=rtol)
         self.tally.closed_forms += len(y)
-        return self.inner.pinv(y, max_steps=max_steps, rtol=rtol)
+        with self.tally.operator():
+            return self.inner.pinv(y, max_steps=max_steps, rtol=rtol)
 
     def prox(
         self,
@@ -140,7 +173,8 @@ class CountedLinear(Around):
         if type(self.inner).prox is LinearOperator.prox:
             return super().prox(v, y, rho, max_steps=max_steps, rtol=rtol)
         self.tally.closed_forms += len(y)
-        return self.inner.prox(v, y, rho, max_steps=max_steps, rtol=rtol)
+        with self.tally.operator():
+            return self.inner.prox(v, y, rho, max_steps=max_steps, rtol=rtol)
 
     def norm(
         self, like: X | None = None, *, max_steps: int = 200, rtol: float = 1e-5

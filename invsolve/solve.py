@@ -2,19 +2,24 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from . import checkpoint as checkpoints
+from .checkpoint import fingerprint
 from .counting import CountedPrior, Tally, counted, peak_memory
 from .priors import AffineMap, Prior
 from .problem import InverseProblem
 from .random import spawn
 from .samplers import Kind
+from .speed import Precision, accelerated
+from .trajectory import RecordedPrior, Recorder, Step
 
 
 @final
@@ -26,7 +31,9 @@ class Stats:
         network_forwards, network_backwards: a batch of 8 counts as 8.
         operator_applies, operator_adjoints: likewise, inside conjugate gradients too.
         closed_forms: uses of a ``pinv`` or ``prox`` that the operator has a formula for.
-        seconds: of the wall clock.
+        network_seconds, operator_seconds: of the wall clock, in passes (backward ones
+            too) and in the operator's own routines; on a GPU, until they are launched.
+        seconds: of the wall clock, altogether.
         peak_bytes: of CUDA's allocator, or of the whole process on a CPU.
     """
 
@@ -35,8 +42,15 @@ class Stats:
     operator_applies: int
     operator_adjoints: int
     closed_forms: int
+    network_seconds: float
+    operator_seconds: float
     seconds: float
     peak_bytes: int
+
+    @property
+    def overhead(self) -> float:
+        """The part of the time that is neither the network's nor the operator's."""
+        return 1 - (self.network_seconds + self.operator_seconds) / self.seconds
 
 
 @final
@@ -50,12 +64,25 @@ class Solution:
             the uncertainty.
         sampler: its name.
         stats: what they cost.
+        trajectory: what the network was shown and answered, if it was recorded.
     """
 
     samples: Float[Tensor, "samples batch *image"]
     kind: Kind
     sampler: str
     stats: Stats
+    trajectory: Sequence[Step] = ()
+
+    def __repr__(self) -> str:
+        n, batch, *shape = self.samples.shape
+        kind = self.kind.replace("_", " ") + ("s" if n > 1 else "")
+        size = "×".join(map(str, shape))
+        passes = self.stats.network_forwards / (n * batch)
+        return (
+            f"<{self.sampler}: {n} {kind} of {batch} image{'s' if batch > 1 else ''} "
+            f"({size}), {passes:g} passes of the network each, "
+            f"{self.stats.seconds:.1f} s>"
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -79,6 +106,10 @@ def solve(
     generator: Generator,
     chunk: int | None = None,
     device: torch.device | str | None = None,
+    precision: Precision = "float32",
+    compile: bool = False,
+    record: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
     **options: Any,
 ) -> Solution:
@@ -97,18 +128,27 @@ def solve(
         chunk: how many images go through the network at once. Unless given: 16 on a
             CPU, all on a GPU; halved whenever memory runs out.
         device: where to compute; where the measurements are unless given.
+        precision: ``bf16`` runs the network in bfloat16 where that is safe. The state,
+            the operator and the data's steps stay as they are.
+        compile: let torch compile the network: minutes at first, faster after, on GPUs.
+        record: keep every so manieth pass of the network for the first sample of each
+            item, as ``trajectory``.
+        checkpoint: a file in which what is done is kept, chunk by chunk. The same call
+            goes on from it, whatever stopped the last, and gives the same result.
         progress: wraps the sampler's loop, as ``tqdm`` does.
         **options: the sampler's own; a misspelt one is a TypeError. An image as
             ``init`` is in the image's own unit, one for each item.
 
     Raises:
         ValueError: the prior cannot take the problem's images, ``init`` is not one
-            image for each item, or the result is not finite.
+            image for each item, ``checkpoint`` is of another run, or the result is not
+            finite.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    for name, value in (("chunk", chunk), ("record", record)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     device = torch.device(device) if device is not None else problem.y.device
     tally, clock = Tally(), time.perf_counter()
     if device.type == "cuda":
@@ -124,10 +164,13 @@ def solve(
         given = isinstance(init, Tensor)
         like = init if given else local.operator.image_like(local.y[:1])
         prior.check(tuple(like.shape[1:]))
-    map = AffineMap(1.0, 0.0)
-    inner = prior
+    map, inner, recorder = AffineMap(1.0, 0.0), None, None
     if prior is not None:
-        inner, map = CountedPrior(prior.to(device), tally).normalised
+        inner, map = prior.to(device).normalised
+        inner = CountedPrior(accelerated(inner, precision, compile), tally)
+    if inner is not None and record:
+        recorder = Recorder(record, map)
+        inner = RecordedPrior(inner, recorder)
     local = InverseProblem(local.y, counted(local.operator, tally), local.noise)
     local = local.seen_through(map)
 
@@ -135,12 +178,23 @@ def solve(
     streams = spawn(generator, len(items))
     size = chunk or (len(items) if device.type == "cuda" else min(16, len(items)))
     done: list[Tensor] = []
-    at = 0
+    at, spent, run = 0, 0.0, ""
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None:
+        if recorder is not None:
+            raise ValueError("a checkpoint keeps no trajectory: leave record out")
+        run = fingerprint(problem, prior, _plain(sampler), options, precision, streams)
+        saved = checkpoints.load(file, run)
+        if saved is not None:
+            done, at, spent = [saved["done"]], len(saved["done"]), saved["seconds"]
+            tally.__dict__.update(saved["tally"])
     while at < len(items):
         now = slice(at, at + size)
         states = [g.get_state() for g in streams[now]]
         if isinstance(init, Tensor):
             options["init"] = map.inverse(init[items[now].to(init.device)].to(device))
+        if recorder is not None:
+            recorder.begin(max(0, min(size, len(problem.y) - at)))
         try:
             u = sampler(
                 local.items(items[now]),
@@ -155,10 +209,16 @@ def solve(
             for g, state in zip(streams[now], states, strict=True):
                 g.set_state(state)
             size = (size + 1) // 2
+            if recorder is not None:
+                recorder.chunks.pop()
             continue
         done.append(map(u).to(problem.y.device))
         at += len(u)
-    result = torch.cat(done)
+        if file is not None:
+            seconds = spent + time.perf_counter() - clock
+            now_done = {"done": torch.cat(done).cpu(), "tally": vars(tally)}
+            checkpoints.save(file, run, {**now_done, "seconds": seconds})
+    result = torch.cat(done).to(problem.y.device)
     name, kind = _name_and_kind(sampler)
     if not result.isfinite().all():
         raise ValueError(
@@ -171,11 +231,23 @@ def solve(
         tally.applies,
         tally.adjoints,
         tally.closed_forms,
-        time.perf_counter() - clock,
+        tally.network_seconds,
+        tally.operator_seconds,
+        spent + time.perf_counter() - clock,
         peak_memory(device),
     )
     stacked = result.reshape(samples, len(problem.y), *result.shape[1:])
-    return Solution(stacked, kind, name, stats)
+    trajectory = recorder.steps() if recorder is not None else ()
+    return Solution(stacked, kind, name, stats, trajectory)
+
+
+def _plain(sampler: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
+    """A sampler's name and what a ``partial`` of it has fixed."""
+    fixed: dict[str, Any] = {}
+    while isinstance(sampler, functools.partial):
+        fixed = {**sampler.keywords, **fixed}
+        sampler = sampler.func
+    return getattr(sampler, "__qualname__", type(sampler).__qualname__), fixed
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from invsolve.report import (
 from invsolve.solve import Solution, Stats
 from invsolve.units import MU_WATER, hu_to_mu
 
-STATS = Stats(24, 0, 12, 13, 2, 1.25, 10**6)
+STATS = Stats(24, 0, 12, 13, 2, 1.0, 0.2, 1.25, 10**6)
 
 
 @pytest.fixture
