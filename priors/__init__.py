@@ -3,6 +3,7 @@
 from .analytic import (
     GaussianMixturePrior as GaussianMixturePrior,
     GaussianPrior as GaussianPrior,
+    StationaryPrior as StationaryPrior,
 )
 from .base import Affine as Affine, AffineMap as AffineMap, Prior as Prior
 from .parameterisation import (

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from invsolve.shapes import Sigma, X
+from invsolve.shapes import Sigma, X, per_item
 
 from .base import Prior
 
@@ -82,6 +82,99 @@ class GaussianPrior(Prior):
         z = torch.randn(n, len(self.cov), generator=generator).to(self.cov)
         x = (z * self.eigenvalues.sqrt()) @ self.basis.T
         return self.mean + x.reshape(n, *self.mean.shape)
+
+
+@final
+class StationaryPrior(Prior):
+    """x₀ ~ N(m, F⁻¹ diag(S) F): a Gaussian field of any size, alike everywhere.
+
+    D(x; σ) = m + F⁻¹ S/(S + σ²) F (x − m) with the orthonormal F, so that image-sized
+    posteriors of circular blurs are known exactly. Channels are independent.
+
+    Args:
+        mean: m, (channels, h, w).
+        spectrum: S, (h, w) or (channels, h, w), the power at each frequency, zero
+            frequency first; real, at least 0, and the same at −f as at f.
+    """
+
+    def __init__(
+        self,
+        mean: Float[Tensor, "c h w"],
+        spectrum: Float[Tensor, "*c h w"],
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> None:
+        mirrored = spectrum.flip(-2, -1).roll((1, 1), (-2, -1))
+        if spectrum.shape[-2:] != mean.shape[-2:] or (spectrum < 0).any():
+            raise ValueError(
+                f"spectrum must be at least 0 and of the images' size "
+                f"{tuple(mean.shape[-2:])}, got {tuple(spectrum.shape)}"
+            )
+        if not torch.allclose(spectrum, mirrored):
+            raise ValueError("spectrum must be the same at −f as at f")
+        self.mean, self.spectrum = mean, spectrum
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    @classmethod
+    def matern(
+        cls, shape: tuple[int, int], scale: float, std: float = 1.0, slope: float = 1.5
+    ) -> "StationaryPrior":
+        """S ∝ (1 + |2π f scale|²)^−(slope + 1), of mean 0 and pixels of variance std².
+
+        Args:
+            shape: (h, w) of the images.
+            scale: the correlation length in pixels.
+            std: of a pixel.
+            slope: how smooth the field is.
+        """
+        fy, fx = (torch.fft.fftfreq(n, dtype=torch.float64) for n in shape)
+        k2 = (2 * torch.pi * scale) ** 2 * (fy[:, None] ** 2 + fx**2)
+        power = (1 + k2) ** -(slope + 1)
+        return cls(torch.zeros(1, *shape).double(), std**2 * power / power.mean())
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        variance = per_item(sigma, x) ** 2
+        gain = self.spectrum / (self.spectrum + variance)
+        return self.mean + _filter(gain, x - self.mean)
+
+    def log_density(self, x: X, sigma: Sigma) -> Tensor:
+        """log p_σ(x) of x₀ + σn, for each item."""
+        variance = self.spectrum + per_item(sigma, x) ** 2
+        power = torch.fft.fft2(x - self.mean, norm="ortho").abs() ** 2
+        terms = power / variance + (2 * torch.pi * variance).log()
+        return -0.5 * terms.flatten(1).sum(1)
+
+    def posterior(
+        self, otf: Tensor, y: Float[Tensor, "c h w"], sigma: float
+    ) -> "StationaryPrior":
+        """p(x₀ | y) for the circular blur y = F⁻¹ diag(k̂) F x₀ + σn: again a field.
+
+        Its spectrum is 1/(1/S + |k̂|²/σ²), and its mean that times k̂* F(y − Am)/σ²,
+        transformed back, and m.
+
+        Args:
+            otf: k̂, as of `Blur`.
+            y: one item's measurements.
+            sigma: of the noise.
+        """
+        spectrum = self.spectrum / (1 + self.spectrum * otf.abs() ** 2 / sigma**2)
+        residual = y - _filter(otf, self.mean)
+        mean = self.mean + _filter(spectrum * otf.conj() / sigma**2, residual)
+        return StationaryPrior(mean, spectrum, self.sigma_min, self.sigma_max)
+
+    def evidence(self, otf: Tensor, y: Float[Tensor, "c h w"], sigma: float) -> Tensor:
+        """log p(y), of the same blur and noise."""
+        seen = StationaryPrior(_filter(otf, self.mean), self.spectrum * otf.abs() ** 2)
+        return seen.log_density(y[None], y.new_tensor(sigma))[0]
+
+    def sample(self, n: int, *, generator: Generator) -> Tensor:
+        """(n, c, h, w): independent draws."""
+        z = torch.randn(n, *self.mean.shape, generator=generator, dtype=self.mean.dtype)
+        return self.mean + _filter(self.spectrum.sqrt(), z.to(self.mean.device))
+
+
+def _filter(gain: Tensor, x: Tensor) -> Tensor:
+    return torch.fft.ifft2(gain * torch.fft.fft2(x)).real
 
 
 @final
