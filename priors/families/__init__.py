@@ -1,0 +1,6 @@
+"""Families of checkpoints: one file each, known by the names of their weights."""
+
+from . import adm
+from .family import Family as Family
+
+FAMILIES: tuple[Family, ...] = (adm.FAMILY,)

@@ -1,0 +1,1 @@
+"""Networks of the checkpoint families, with their files' own names of weights."""
