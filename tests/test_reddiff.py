@@ -255,6 +255,29 @@ def test_the_spread_over_seeds_is_not_the_posterior_s(descending: Tensor) -> Non
     assert reddiff.kind == "point_estimate"  # pyright: ignore[reportFunctionMemberAccess]
 
 
+@pytest.mark.parametrize(
+    ("lr", "mean", "spread"), [(0.1, 0.165, (0.20, 0.35)), (0.5, 0.3, (0.55, 0.90))]
+)
+def test_a_hundred_steps_need_to_be_longer(
+    lr: float, mean: float, spread: tuple[float, float], generator: Generator
+) -> None:
+    """Short ones stop halfway from 0 to 0.3; long ones arrive, and leave more noise."""
+    n = 200
+    mu = reddiff(copies(n), PRIOR, steps=100, lr=lr, generator=generator)[:, 1]
+    assert abs(float(mu.mean()) - mean) < 4 * float(mu.std()) / math.sqrt(n)
+    assert spread[0] < float(mu.std()) < spread[1]
+
+
+def test_adam_does_not_heed_lam_where_nothing_is_measured() -> None:
+    """Its steps are of one length whatever the gradient's: order and lr decide there."""
+    weak, strong = (
+        reddiff(copies(20), PRIOR, steps=1000, lam=lam, generator=streams(20))[:, 1]
+        for lam in (0.05, 1.0)
+    )
+    assert (weak - strong).abs().max() < 0.1
+    assert weak.std() > 0.15
+
+
 def test_a_mixture_s_occupancy_is_biased(generator: Generator) -> None:
     """A known bias: modes are taken .74/.26 where the posterior has .50/.50.
 
