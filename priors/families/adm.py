@@ -65,7 +65,7 @@ def load(state: State, card: Card) -> Prior:
         ValueError: the weights do not make an ADM U-Net, or the card is wrong.
     """
     try:
-        inferred, decisions = _inferred(state)
+        inferred, decisions = architecture(state)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"the weights are no ADM U-Net: {error} is amiss") from error
     known = {k: v for k, v in inferred.items() if k not in ("model", "schedule")}
@@ -102,6 +102,8 @@ def load(state: State, card: Card) -> Prior:
         else cosine_alphas_cumprod(steps)
     )
     predicts = card.get("predicts", "eps")
+    if predicts not in ("eps", "x0", "v"):
+        raise ValueError(f"predicts must be 'eps', 'x0' or 'v', got {predicts!r}")
     decisions.append(f"predicts {predicts} in {steps} steps, {schedule} schedule")
     if config.out_channels > config.channels:
         decisions.append("its learnt variance is left out")
@@ -125,7 +127,8 @@ def _heads(config: ADMConfig) -> str:
     return f"{config.head_channels} channels a head"
 
 
-def _inferred(state: State) -> tuple[dict[str, Any], list[str]]:
+def architecture(state: State) -> tuple[dict[str, Any], list[str]]:
+    """What the shapes tell, and what is assumed of the rest; and that in words."""
     stem = state["input_blocks.0.0.weight"]
     if stem.ndim != 4:
         raise ValueError(
@@ -184,7 +187,10 @@ def _period(state: State) -> tuple[int, str]:
 
 
 def _count(state: State, blocks: str) -> int:
-    return 1 + max(int(k.split(".")[1]) for k in state if k.startswith(blocks + "."))
+    numbers = [int(k.split(".")[1]) for k in state if k.startswith(blocks + ".")]
+    if not numbers:
+        raise ValueError(f"the weights are no ADM U-Net: they have no {blocks}")
+    return 1 + max(numbers)
 
 
 FAMILY = Family(NAME, sniff, load)

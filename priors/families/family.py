@@ -76,7 +76,8 @@ def overridden(card: Card, inferred: Mapping[str, Any]) -> dict[str, Any]:
     """What was inferred, with the card's ``network`` over it.
 
     Raises:
-        ValueError: the card names something that the family does not know.
+        ValueError: the card names something that the family does not know, or gives it
+            a value of another kind.
     """
     given = card.get("network", {})
     if unknown := sorted(set(given) - set(inferred)):
@@ -84,4 +85,18 @@ def overridden(card: Card, inferred: Mapping[str, Any]) -> dict[str, Any]:
             f"the card's network entry {unknown[0]!r} is unknown: this family knows "
             + ", ".join(inferred)
         )
+    for name, value in given.items():
+        allowed = _kinds(inferred[name])
+        if not isinstance(value, allowed):
+            raise ValueError(f"the card's network entry {name!r} cannot be {value!r}")
     return {**inferred, **given}
+
+
+def _kinds(inferred: Any) -> tuple[type, ...]:
+    if isinstance(inferred, tuple):
+        return (tuple, list)
+    if (
+        inferred is None or type(inferred) is int
+    ):  # numbers of what there may be none of
+        return (int, type(None))
+    return (type(inferred),)
