@@ -224,9 +224,12 @@ class _Record:
     """Where a pickle would have made an object: its class's name, and its state."""
 
     kind = "module"
+    state: dict[str, Any]
 
-    def __init__(self, *args: Any) -> None:
-        self.state: dict[str, Any] = {}
+    def __new__(cls, *_: Any) -> "_Record":  # a pickle need not call __init__
+        record = super().__new__(cls)
+        record.state = {}
+        return record
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, Mapping):
@@ -347,6 +350,13 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+def _bytes(text: str, coding: str) -> bytes:
+    # How pickles of protocol 2 spell bytes.
+    if coding != "latin1":
+        raise ValueError("bytes in it are spelt in an unknown way")
+    return text.encode("latin1")
+
+
 def _scalar(kind: Any, data: Any) -> Any:
     return kind.value(data)
 
@@ -356,6 +366,7 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _view,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch.storage", "_load_from_bytes"): _storage,
+    ("_codecs", "encode"): _bytes,
     ("copyreg", "_reconstructor"): _instance,
     ("copy_reg", "_reconstructor"): _instance,
     ("numpy", "dtype"): _Number,

@@ -137,6 +137,20 @@ class Block(nn.Module):
 
 
 @final
+class Frequencies(nn.Module):
+    """2π f_i c_noise, of random frequencies f_i that are kept with the weights."""
+
+    freqs: Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.empty(count))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return noise[:, None] * (2 * torch.pi * self.freqs)
+
+
+@final
 class SongUNet(nn.Module):
     """F(x, c_noise), an image of x's size that 2^(levels − 1) divides."""
 
@@ -146,8 +160,7 @@ class SongUNet(nn.Module):
         song = config.kind == "song"
         noise, emb = config.noise_channels, config.emb_channels
         if config.fourier:
-            self.map_noise = nn.Module()
-            self.map_noise.register_buffer("freqs", torch.empty(noise // 2))
+            self.map_noise = Frequencies(noise // 2)
         if config.classes is not None:
             width = noise if song else emb
             self.map_label = nn.Linear(config.classes, width, bias=song)
@@ -212,7 +225,7 @@ class SongUNet(nn.Module):
             emb = self.map_layer1(F.silu(self.map_layer0(emb))) + told
             return F.silu(emb)
         if config.fourier:
-            angles = noise[:, None] * (2 * torch.pi * self.map_noise.freqs)
+            angles = self.map_noise(noise)
         else:
             half = config.noise_channels // 2
             i = torch.arange(half, dtype=noise.dtype, device=noise.device)
@@ -242,12 +255,8 @@ class SongUNet(nn.Module):
                 if "_block" in name:
                     h = torch.cat([h, skips.pop()], 1)
                 h = part(h, emb)
-            elif name.endswith("aux_norm"):
-                seen = F.silu(part(h))
-            else:
-                out = (
-                    part(seen)
-                    if out is None
-                    else resampled(out, "up", taps) + part(seen)
-                )
+            elif name.endswith("aux_conv"):
+                seen = self.dec[name.replace("aux_conv", "aux_norm")](h)
+                made = part(F.silu(seen))
+                out = made if out is None else resampled(out, "up", taps) + made
         return self.out_conv(F.silu(self.out_norm(h))) if out is None else out
