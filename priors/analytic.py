@@ -1,5 +1,6 @@
 """Priors known in closed form: the oracles that samplers are tested against."""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -137,6 +138,13 @@ class StationaryPrior(Prior):
         gain = self.spectrum / (self.spectrum + variance)
         return self.mean + _filter(gain, x - self.mean)
 
+    @property
+    def cov(self) -> Float[Tensor, "d d"]:
+        """C over the flattened image, which must be small enough for a matrix."""
+        d = self.mean.numel()
+        unit = torch.eye(d).to(self.mean).reshape(d, *self.mean.shape)
+        return _filter(self.spectrum, unit).reshape(d, d)
+
     def log_density(self, x: X, sigma: Sigma) -> Tensor:
         """log p_σ(x) of x₀ + σn, for each item."""
         variance = self.spectrum + per_item(sigma, x) ** 2
@@ -201,10 +209,44 @@ class GaussianMixturePrior(Prior):
             raise ValueError(
                 "weights must be positive, with one mean and one covariance for each"
             )
-        self.weights = weights / weights.sum()
-        self.components = [
-            GaussianPrior(m, c) for m, c in zip(means, covs, strict=True)
-        ]
+        parts = [GaussianPrior(m, c) for m, c in zip(means, covs, strict=True)]
+        self._set(weights, parts, sigma_min, sigma_max)
+
+    @classmethod
+    def of(
+        cls,
+        weights: Float[Tensor, " components"],
+        components: Sequence[GaussianPrior | StationaryPrior],
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> "GaussianMixturePrior":
+        """The mixture of components of one shape: of fields, for any size of image.
+
+        Args:
+            weights: w_k ≥ 0, not all 0; they are normalised to sum 1.
+            components: N(m_k, C_k), each.
+            sigma_min, sigma_max: the levels between which it is to be asked.
+        """
+        if not (weights >= 0).all() or not weights.any():
+            raise ValueError("weights must be at least 0, and not all of them 0")
+        shapes = {tuple(c.mean.shape) for c in components}
+        if len(weights) != len(components) or len(shapes) != 1:
+            raise ValueError(
+                f"give one component for each of {len(weights)} weights, all of one "
+                f"shape: got {len(components)} of the shapes {sorted(shapes)}"
+            )
+        mixture = cls.__new__(cls)
+        mixture._set(weights, components, sigma_min, sigma_max)
+        return mixture
+
+    def _set(
+        self,
+        weights: Tensor,
+        components: Sequence[GaussianPrior | StationaryPrior],
+        sigma_min: float,
+        sigma_max: float,
+    ) -> None:
+        self.weights, self.components = weights / weights.sum(), list(components)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def denoise(self, x: X, sigma: Sigma) -> X:
@@ -224,18 +266,16 @@ class GaussianMixturePrior(Prior):
         log_p = [c.log_density(x, sigma) for c in self.components]
         return torch.stack(log_p, dim=1) + self.weights.log()
 
-    def posterior(
-        self, A: Float[Tensor, "m d"], y: Float[Tensor, " m"], sigma: float
-    ) -> "GaussianMixturePrior":
+    def posterior(self, A: Tensor, y: Tensor, sigma: float) -> "GaussianMixturePrior":
         """p(x₀ | y) for y = A x₀ + σn: again a mixture, exactly.
 
-        Its weights are ∝ w_k N(y; Am_k, AC_kAᵀ + σ²I).
+        Its weights are ∝ w_k N(y; Am_k, AC_kAᵀ + σ²I). A is what the components'
+        ``posterior`` takes: a matrix, or the transfer function of a circular blur.
         """
         parts = [c.posterior(A, y, sigma) for c in self.components]
         log_w = torch.stack([c.evidence(A, y, sigma) for c in self.components])
         weights = (log_w + self.weights.log()).softmax(0)
-        means = torch.stack([p.mean for p in parts])
-        return GaussianMixturePrior(weights, means, torch.stack([p.cov for p in parts]))
+        return GaussianMixturePrior.of(weights, parts)
 
     def sample(self, n: int, *, generator: Generator) -> Tensor:
         """(n, *x): independent draws."""
@@ -247,5 +287,7 @@ class GaussianMixturePrior(Prior):
         moved = super().to(device)
         assert isinstance(moved, GaussianMixturePrior)
         parts = [c.to(device) for c in self.components]
-        moved.components = [p for p in parts if isinstance(p, GaussianPrior)]
+        moved.components = [
+            p for p in parts if isinstance(p, GaussianPrior | StationaryPrior)
+        ]
         return moved

@@ -186,3 +186,27 @@ def eigen_ratios(cov: Tensor, of: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(L, cov, upper=False)
     whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
     return torch.linalg.eigvalsh((whitened + whitened.mT) / 2)
+
+
+@final
+@dataclass(frozen=True)
+class Recovery:
+    """How a sampler's draws fall among the modes of the mixture's posterior.
+
+    Attributes:
+        occupancy: the share nearest to each component's posterior mean.
+        chi2: the mean of ((y − Ax)/σ_y)².
+    """
+
+    occupancy: Tensor
+    chi2: float
+
+
+def recovery(draws: Tensor) -> Recovery:
+    """Of draws for `MIXTURE_PROBLEM`."""
+    posterior = MIXTURE.posterior(MIXTURE_A, MIXTURE_Y, MIXTURE_SIGMA_Y)
+    means = torch.stack([part.mean for part in posterior.components])
+    label = torch.cdist(draws, means).argmin(1)
+    occupancy = torch.bincount(label, minlength=len(means)) / len(draws)
+    residual = (draws @ MIXTURE_A.T - MIXTURE_Y) / MIXTURE_SIGMA_Y
+    return Recovery(occupancy, float(residual.square().mean()))
