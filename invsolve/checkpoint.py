@@ -29,13 +29,11 @@ def _feed(state: Any, value: object) -> None:
     state.update(type(value).__qualname__.encode() + b":")
     match value:
         case Tensor():
-            array = value.detach().cpu().contiguous()
+            array = value.detach().cpu()
             state.update(str((array.dtype, tuple(array.shape))).encode())
-            state.update(
-                torch.view_as_real(array).numpy().tobytes()
-                if array.is_complex()
-                else _bytes(array)
-            )
+            # NumPy has no bfloat16, of which float32 holds every number.
+            exact = array.float() if array.dtype == torch.bfloat16 else array
+            state.update(exact.numpy().tobytes())
         case np.ndarray():
             state.update(str((value.dtype, value.shape)).encode() + value.tobytes())
         case Generator():
@@ -65,10 +63,6 @@ def _feed(state: Any, value: object) -> None:
             )
             _feed(state, {k: v for k, v in inside.items() if not k.startswith("__")})
     state.update(b";")
-
-
-def _bytes(array: Tensor) -> bytes:
-    return array.view(torch.uint8).numpy().tobytes() if array.numel() else b""
 
 
 def save(path: Path, run: str, done: Mapping[str, Any]) -> None:

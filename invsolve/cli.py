@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import numpy as np
 import torch
@@ -37,8 +37,18 @@ from invsolve.report import (
     table,
     versions,
 )
+from invsolve.samplers.solvers import (
+    DDIM,
+    SDE,
+    Heun,
+    Momentum,
+    Multistep,
+    Singlestep,
+    Solver,
+)
 from invsolve.simulate import measure
 from invsolve.solve import solve as run_solve
+from invsolve.speed import Precision
 from invsolve.units import MU_WATER, hu_to_mu
 
 SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
@@ -51,11 +61,28 @@ SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "mmps": samplers.mmps,
     "ddnm": samplers.ddnm,
     "daps": samplers.daps,
+    "score_sde": samplers.score_sde,
+    "pnp": samplers.pnp,
+    "red": samplers.red,
     "tv": samplers.tv,
     "sirt": samplers.sirt,
     "cgls": samplers.cgls,
     "fbp": samplers.fbp,
 }
+
+SOLVERS: Mapping[str, Solver] = {
+    "ddim": DDIM(),
+    "ancestral": DDIM(1.0),
+    "heun": Heun(),
+    "dpm2": Singlestep(2),
+    "dpm3": Singlestep(3),
+    "dpm++2m": Multistep(2),
+    "dpm++3m": Multistep(3),
+    "deis3": Multistep(3, "eps"),
+    "sde2": SDE(2),
+    "plms4": Momentum(4),
+}
+"""What ``--set solver=…`` can be, for the samplers that take one."""
 
 NOISES: Mapping[str, Callable[..., Noise]] = {
     "gaussian": ops.GaussianNoise,
@@ -453,6 +480,13 @@ def solve(
         float | None,
         typer.Option(help="Sinogram: photon noise of so many through air."),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, or bf16 for the network alone.")
+    ] = "float32",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Keep what is done here; the same command goes on from it."),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
@@ -465,6 +499,7 @@ def solve(
     _need("nibabel", "matplotlib", "jinja2", *(["skimage"] if truth else []))
     where = _device(device)
     method = _lookup(SAMPLERS, sampler, "sampler")
+    _lookup(dict.fromkeys(get_args(Precision)), precision, "precision")
     limits = _window(window)
     _check_folder(out, force=force)
     raw = {
@@ -501,9 +536,12 @@ def solve(
             samples=each,
             generator=Generator().manual_seed(seed),
             device=where,
+            precision=cast(Precision, precision),
+            checkpoint=checkpoint,
             progress=progress,
             **options,
         )
+    options = {k: str(v) if isinstance(v, Solver) else v for k, v in options.items()}
     result = Result.of(sampler, solution, m.unit, true, options)
     simulated = bool(m.note.get("simulated", False))
     source = {"file": measurements.name, "sha256": sha256(measurements)}
@@ -536,6 +574,7 @@ def solve(
         "sampler": sampler,
         "options": {**options},
         "samples": each,
+        "precision": precision,
         "prior": None if loaded is None else prior,
         "operator": {
             k: v for k, v in m.operator.items() if k not in ("angles", "mask")
@@ -737,6 +776,9 @@ def _options(
             raise ValueError(f"--set {text}: write it as --set KEY=VALUE")
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}: {_choices(key, known)}")
+        if key == "solver":
+            options[key] = _lookup(SOLVERS, value, "solver")
+            continue
         options[key] = _value(key, value, known[key])
     if steps is not None:
         if "steps" not in known:

@@ -130,6 +130,45 @@ def test_the_same_seed_gives_the_same(measured, phantom, prior, tmp_path):
         assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_a_solver_is_named(measured, prior, tmp_path):
+    """And told of in the record; dps's own step has no place for one."""
+    base = ("solve", measured, "--prior", prior, "--steps", 2, "--samples", 1)
+    run(*base, "-o", tmp_path / "a", "--sampler", "diffpir", "--set", "solver=dpm++2m")
+    run(*base, "-o", tmp_path / "b", "--sampler", "diffpir", "--set", "solver=heun")
+    record = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert record["settings"]["options"]["solver"].startswith("Multistep(order=2")
+    passes = [
+        json.loads((tmp_path / n / "result.json").read_text())["results"][0]["stats"][
+            "network_forwards"
+        ]
+        for n in "ab"
+    ]
+    assert passes == [2 * 2, 2 * 3]
+
+
+def test_a_checkpoint_is_gone_on_from(measured, prior, refused, tmp_path):
+    """And is refused by a run that differs."""
+    base = ("solve", measured, "--prior", prior, "--steps", 2, "--samples", 2)
+    kept = tmp_path / "kept.pt"
+    run(*base, "-o", tmp_path / "a")
+    run(*base, "-o", tmp_path / "b", "--checkpoint", kept)
+    run(*base, "-o", tmp_path / "c", "--checkpoint", kept)
+    a, b, c = (io.read(tmp_path / n / "mean.nii.gz").values for n in "abc")
+    assert torch.equal(a, b) and torch.equal(b, c)
+    message = refused(*base, "-o", tmp_path / "d", "--checkpoint", kept, "--seed", 1)
+    assert "another run" in message and not (tmp_path / "d").exists()
+
+
+def test_the_network_in_bf16(measured, prior, tmp_path):
+    base = ("solve", measured, "--prior", prior, "--steps", 2, "--samples", 1)
+    run(*base, "-o", tmp_path / "a")
+    run(*base, "-o", tmp_path / "b", "--precision", "bf16")
+    a, b = (io.read(tmp_path / n / "mean.nii.gz").values for n in "ab")
+    assert 0 < float((a - b).abs().max()) < 200
+    record = json.loads((tmp_path / "b" / "result.json").read_text())
+    assert record["settings"]["precision"] == "bf16"
+
+
 def test_a_point_estimate_has_no_standard_deviation(measured, tmp_path):
     out = tmp_path / "out"
     run("solve", measured, "-o", out, "--sampler", "tv", "--steps", 5)
@@ -323,6 +362,8 @@ def test_train(phantom, tmp_path, monkeypatch):
         (["solve", "Y", "-o", "out", "--prior", "ct-headnek"], "unknown prior"),
         (["solve", "Y", "-o", "out", "--sampler", "redif"], "did you mean reddiff?"),
         (["solve", "Y", "-o", "out", "--set", "step=3"], "did you mean steps?"),
+        (["solve", "Y", "-o", "out", "--set", "solver=heum"], "did you mean heun?"),
+        (["solve", "Y", "-o", "out", "--precision", "bf17"], "did you mean bf16?"),
         (["solve", "Y", "-o", "out", "--set", "steps"], "KEY=VALUE"),
         (["solve", "Y", "-o", "out", "--set", "steps=many"], "a whole number"),
         (["solve", "Y", "-o", "out", "--set", "eta=NaN"], "a finite number"),

@@ -200,6 +200,8 @@ def test_fingerprints_tell_what_matters() -> None:
         lambda: torch.ones(3, dtype=torch.float64),
         lambda: torch.ones(1, 3),
         lambda: torch.ones(3, dtype=torch.complex64),
+        lambda: torch.ones(3, dtype=torch.bfloat16),
+        lambda: torch.arange(12.0).reshape(3, 4).T[None],  # of odd strides
         lambda: [1, 2],
         lambda: [12],
         lambda: {"a": 1},
