@@ -2,9 +2,9 @@
 
     python benchmarks/fetch_photos.py --out $INVSOLVE_DATA/photos
 
-Ten photographs under CC0 and CC BY 4.0 from Debian's package of Lomiri's wallpapers,
+Nine photographs under CC0 and CC BY 4.0 from Debian's package of Lomiri's wallpapers,
 whose copyright file names author and licence of each. They are scaled to at most 2000
-pixels a side and written as PNG: eight for training, two for validation.
+pixels a side and written as PNG: eight for training, one for validation.
 """
 
 import argparse
@@ -32,7 +32,6 @@ PHOTOS = {
     "Picture_0B_by_freespace": ("Trevor Freespace", BY, "train"),
     "Picture_1A_by_freespace": ("Trevor Freespace", BY, "train"),
     "Wine_by_Jakkub_Mede": ("Jakub Mede", BY, "train"),
-    "umang_by_Abhishek_Mudgal": ("Abhishek Mudgal", BY, "val"),
     "seeding_by_Clements_Engelhardt": ("Clemens Engelhardt", "CC0-1.0", "train"),
 }
 """Author, licence and use of each."""

@@ -60,6 +60,7 @@ SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "pigdm": samplers.pigdm,
     "mmps": samplers.mmps,
     "ddnm": samplers.ddnm,
+    "ddrm": samplers.ddrm,
     "daps": samplers.daps,
     "score_sde": samplers.score_sde,
     "pnp": samplers.pnp,

@@ -32,13 +32,17 @@ from invsolve.samplers import (
     cgls,
     daps,
     ddnm,
+    ddrm,
     dds,
     diffpir,
     dps,
     fbp,
     mmps,
     pigdm,
+    pnp,
+    red,
     reddiff,
+    score_sde,
     sirt,
     tmpd,
     tv,
@@ -419,17 +423,27 @@ WITH_PRIOR = [
     pytest.param(mmps, {"steps": STEPS}, id="mmps"),
     pytest.param(ddnm, {"steps": STEPS}, id="ddnm"),
     pytest.param(ddnm, {"steps": STEPS, "noisy": True}, id="ddnm-noisy"),
+    pytest.param(ddrm, {"steps": STEPS}, id="ddrm"),
     pytest.param(daps, {"steps": STEPS}, id="daps"),
     pytest.param(
         daps,
         {"steps": STEPS, "inner": "langevin", "langevin_steps": 3},
         id="daps-langevin",
     ),
+    pytest.param(score_sde, {"steps": STEPS}, id="score-sde"),
     pytest.param(reddiff, {"steps": STEPS}, id="reddiff"),
     pytest.param(reddiff, {"steps": STEPS, "order": "random"}, id="reddiff-random"),
     pytest.param(reddiff, {"steps": STEPS, "sigma_x0": 0.1}, id="reddiff-spread"),
 ]
-laws = pytest.mark.parametrize(("sampler", "options"), WITH_PRIOR)
+DETERMINISTIC = [
+    pytest.param(pnp, {"steps": STEPS}, id="pnp"),
+    pytest.param(pnp, {"steps": STEPS, "method": "admm"}, id="pnp-admm"),
+    pytest.param(pnp, {"steps": STEPS, "method": "pgd"}, id="pnp-pgd"),
+    pytest.param(red, {"steps": STEPS}, id="red"),
+    pytest.param(red, {"steps": STEPS, "method": "gradient"}, id="red-gradient"),
+]
+laws = pytest.mark.parametrize(("sampler", "options"), WITH_PRIOR + DETERMINISTIC)
+random_laws = pytest.mark.parametrize(("sampler", "options"), WITH_PRIOR)
 KINDS = {
     dps: "steered",
     diffpir: "posterior_sample",
@@ -438,8 +452,12 @@ KINDS = {
     pigdm: "posterior_sample",
     mmps: "posterior_sample",
     ddnm: "posterior_sample",
+    ddrm: "posterior_sample",
     daps: "posterior_sample",
+    score_sde: "posterior_sample",
     reddiff: "point_estimate",
+    pnp: "point_estimate",
+    red: "point_estimate",
     fbp: "point_estimate",
     tv: "point_estimate",
     sirt: "point_estimate",
@@ -469,7 +487,7 @@ def seeded(seed: int) -> Generator:
     return Generator().manual_seed(seed)
 
 
-@laws
+@random_laws
 def test_the_generator_decides_everything(
     sampler: Sampler, options: dict[str, Any], generator: Generator
 ) -> None:
@@ -510,8 +528,10 @@ def test_a_step_is_a_pass_of_the_network(
     problem, prior = inpainting(generator, batch=2)
     counting = Counting(prior)
     sampler(problem, counting, generator=generator, **options)
-    passes = {tmpd: 2, daps: 5}.get(sampler, 1)
-    assert counting.images == 2 * passes * STEPS
+    passes = {tmpd: 2, daps: 5}.get(sampler, 1) * STEPS
+    if sampler is score_sde:
+        passes = 2 * STEPS - 1  # one predictor a level, and one corrector but at 0
+    assert counting.images == 2 * passes
 
 
 def test_antithetic_steps_are_two_passes(generator: Generator) -> None:

@@ -5,11 +5,15 @@ from .classical import cgls as cgls, fbp as fbp, sirt as sirt, tv as tv
 from .core import Kind as Kind, Sampler as Sampler
 from .daps import daps as daps
 from .ddnm import ddnm as ddnm
+from .ddrm import ddrm as ddrm
 from .dds import dds as dds
 from .diffpir import diffpir as diffpir
 from .dps import dps as dps
 from .mmps import mmps as mmps
 from .pigdm import pigdm as pigdm
+from .pnp import pnp as pnp
+from .red import red as red
 from .reddiff import reddiff as reddiff
+from .score_sde import score_sde as score_sde
 from .tmpd import tmpd as tmpd
 from .unconditional import unconditional as unconditional
