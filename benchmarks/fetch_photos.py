@@ -52,8 +52,14 @@ def main() -> None:
     if args.deb:
         package = args.deb.read_bytes()
     else:
-        with urllib.request.urlopen(PACKAGE) as answer:
-            package = answer.read()
+        try:
+            with urllib.request.urlopen(PACKAGE, timeout=60) as answer:
+                package = answer.read()
+        except OSError as error:
+            raise SystemExit(
+                f"cannot fetch {PACKAGE} ({error}): on Debian, apt-get download "
+                "lomiri-wallpapers-16.04, and give the file as --deb"
+            ) from error
     if sha256(package).hexdigest() != SHA256:
         raise SystemExit("the package is not the one whose licences were read")
     pictures = {}

@@ -10,59 +10,25 @@ import math
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.distributions import Normal
-from torch.nn.functional import interpolate
 from torch.optim.swa_utils import AveragedModel
 
 from invsolve import io
 from invsolve.priors import AffineMap, EDMPrior, UNet, UNetConfig
 from invsolve.priors.weights import card_of, sha256
 from invsolve.random import randn_like
-from invsolve.units import hu_to_mu
+from invsolve.training_data import Data, Section, draw, load
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Data(_Section):
-    """Which images: every slice of every file in a folder, or parts of photographs."""
-
-    train: Path
-    val: Path
-    pattern: str = "*.nii.gz"
-    unit: Literal["HU", ""] = ""
-    axes: str | None = None
-    """Where the arrays' axes point, if their affines are wrong; see `invsolve.io.read`."""
-    scale: float = Field(default=1.0, gt=0)
-    offset: float = 0.0
-    min_foreground: float = Field(default=0.005, ge=0, le=1)
-    """Leave out slices with fewer pixels than this above 0.25 in the prior's range."""
-    shift: int = Field(default=8, ge=0)
-    """Random translation by up to so many pixels, the background coming in."""
-    photo_crops: int = Field(default=0, ge=0)
-    """Cut so many squares out of each file, a photograph in colour; 0 for slices."""
-    size: int = Field(default=64, gt=0)
-    """Side of those squares in pixels, after scaling."""
-    zoom: float = Field(default=8.0, ge=1)
-    """They are scaled down by up to so much, evenly in its logarithm."""
-    flip: bool = True
-    """Random left–right mirroring."""
-    crop: int = Field(default=0, ge=0)
-    """Side of the crops around the foreground that the first part of a run sees; 0 for
-    whole images throughout. Where most of an image is background, crops show the
-    network more for the same work; the last part lets it get used to whole images."""
-
-
-class Optimisation(_Section):
+class Optimisation(Section):
     """How long, and with what steps."""
 
     images: int = Field(default=60_000, gt=0)
@@ -83,14 +49,14 @@ class Optimisation(_Section):
     bf16: bool = True
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """A training run, as a TOML file tells it."""
 
     name: str
     data: Data
-    network: dict[str, Any] = {}
+    network: dict[str, Any] = Field(default={})
     optimisation: Optimisation = Optimisation()
-    card: dict[str, Any] = {}
+    card: dict[str, Any] = Field(default={})
     """Copied to the prior's card: licence, source, citation."""
 
     @classmethod
@@ -105,10 +71,6 @@ class TrainConfig(_Section):
             raise ValueError(f"{path}: {where}: {first['msg']}") from error
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {path}: {error}") from error
-
-
-FOREGROUND = 0.25
-"""What is above it in the prior's range is not background."""
 
 
 class Plan:
@@ -137,63 +99,6 @@ class Plan:
         left = 1 - self.seen(step) / self.opt.images
         fall = min(1.0, left / self.opt.decay) if self.opt.decay else 1.0
         return fall * min(1.0, (step + 1) / self.opt.warmup)
-
-
-def load_slices(folder: Path, data: Data) -> Tensor:
-    """Every slice with something in it, in the prior's range: (n, 1, y, x), float16."""
-    files = sorted(folder.glob(data.pattern))
-    if not files:
-        raise ValueError(f"no file matches {folder / data.pattern}: check data.train")
-    to_prior = AffineMap(data.scale, data.offset).inverse
-    kept = []
-    for path in files:
-        values = io.read(path, axes=data.axes).values
-        u = to_prior(hu_to_mu(values) if data.unit == "HU" else values)
-        foreground = (u > FOREGROUND).flatten(1).float().mean(1)
-        kept.append(u[foreground >= data.min_foreground].half())
-    slices = torch.cat(kept)[:, None]
-    if not len(slices):
-        raise ValueError(
-            f"every slice in {folder} is background: check data.scale, data.unit and "
-            "data.min_foreground"
-        )
-    return slices
-
-
-def load_photos(folder: Path, data: Data, generator: Generator) -> Tensor:
-    """Squares of photographs at random places and scales: (n, 3, y, x), float16."""
-    from skimage.io import imread
-
-    files = sorted(folder.glob(data.pattern))
-    if not files:
-        raise ValueError(f"no file matches {folder / data.pattern}: check data.train")
-    to_prior = AffineMap(data.scale, data.offset).inverse
-    kept = []
-    for path in files:
-        array = imread(path)
-        if array.ndim != 3 or array.shape[2] < 3:
-            raise ValueError(f"{path} is not in colour: leave it out")
-        photo = torch.from_numpy(array[..., :3].copy()).permute(2, 0, 1)
-        if min(photo.shape[1:]) < data.size:
-            raise ValueError(f"{path} is smaller than data.size: leave it out")
-        most = min(data.zoom, min(photo.shape[1:]) / data.size)
-        for u in torch.rand(data.photo_crops, 3, generator=generator).tolist():
-            side = round(data.size * most ** u[0])
-            i, j = (
-                int(f * (n - side + 1))
-                for f, n in zip(u[1:], photo.shape[1:], strict=True)
-            )
-            square = photo[None, :, i : i + side, j : j + side].float() / 255
-            small = interpolate(square, [data.size] * 2, mode="area")
-            kept.append(to_prior(small).half())
-    return torch.cat(kept)
-
-
-def load_images(folder: Path, data: Data, generator: Generator) -> Tensor:
-    """What the configuration asks for: slices, or squares of photographs."""
-    if data.photo_crops:
-        return load_photos(folder, data, generator)
-    return load_slices(folder, data)
 
 
 def train(
@@ -225,12 +130,13 @@ def train(
     every = checkpoint_every or max(1, opt.images // 50)
     # Of the pictures' own: a run that goes on draws the same ones.
     cutting = Generator().manual_seed(seed)
-    images = load_images(config.data.train, config.data, cutting)
-    val = load_images(config.data.val, config.data, cutting)
+    images = load(config.data.train, config.data, cutting)
+    val = load(config.data.val, config.data, cutting)
     generator = Generator().manual_seed(seed)
     val = val[torch.linspace(0, len(val) - 1, 48).long()].float()
 
     network = UNetConfig.from_dict({**UNetConfig().to_dict(), **config.network})
+    _check_size(images, config.data.crop, network)
     with torch.random.fork_rng():  # torch's layers initialise from the global state
         torch.manual_seed(seed)
         net = UNet(network).to(device)
@@ -274,7 +180,7 @@ def train(
             group["lr"] = opt.lr * plan.rate(step)
         crop = config.data.crop if step < plan.crop_steps else 0
         n = opt.crop_batch if crop else opt.batch
-        x0 = _batch(images, config.data, n, crop, generator).to(device)
+        x0 = draw(images, config.data, n, crop, generator).to(device)
         loss = edm_loss(net, x0, opt, generator)
         adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -337,38 +243,18 @@ def denoising_psnr(prior: EDMPrior, val: Tensor) -> list[float]:
     return result
 
 
-def _batch(
-    images: Tensor, data: Data, n: int, crop: int, generator: Generator
-) -> Tensor:
-    index = torch.randint(len(images), (n,), generator=generator)
-    x = images[index].float()
-    if data.flip:
-        flip = torch.rand(n, generator=generator) < 0.5
-        x[flip] = x[flip].flip(-1)
-    if crop:
-        return torch.stack([_crop(image, crop, generator) for image in x])
-    if data.shift:
-        pad = data.shift
-        padded = torch.nn.functional.pad(x, (pad, pad, pad, pad))
-        h, w = x.shape[-2:]
-        corners = torch.randint(2 * pad + 1, (n, 2), generator=generator).tolist()
-        x = torch.stack(
-            [
-                p[:, i : i + h, j : j + w]
-                for p, (i, j) in zip(padded, corners, strict=True)
-            ]
+def _check_size(images: Tensor, crop: int, network: UNetConfig) -> None:
+    channels, *sides = images.shape[1:]
+    if channels != network.channels:
+        raise ValueError(
+            f"the images have {channels} channel(s), the network {network.channels}: "
+            f"set network.channels = {channels}"
         )
-    return x
-
-
-def _crop(image: Tensor, side: int, generator: Generator) -> Tensor:
-    """A square around a pixel of the foreground, inside the image."""
-    where = (image[0] > FOREGROUND).nonzero()
-    pick = int(torch.randint(len(where), (), generator=generator))
-    jitter = torch.randint(-side // 2, side // 2 + 1, (2,), generator=generator)
-    limit = torch.tensor(image.shape[-2:]) - side
-    i, j = (where[pick] + jitter - side // 2).clamp_min(0).minimum(limit).tolist()
-    return image[:, i : i + side, j : j + side]
+    if any(side % network.multiple_of for side in (*sides, crop)):
+        raise ValueError(
+            f"this network needs sides that {network.multiple_of} divides, got images "
+            f"of {tuple(sides)} and crops of {crop}: change them or network.widths"
+        )
 
 
 def _warm_ema(decay: float) -> Callable[[Tensor, Tensor, Any], Tensor]:

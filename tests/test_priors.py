@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -460,6 +461,26 @@ def test_the_network_takes_any_size_it_can_halve(shape: tuple[int, int]) -> None
     assert tiny_net()(x, torch.zeros(2)).shape == x.shape
     assert TINY.multiple_of == 4
     assert UNetConfig.from_dict(TINY.to_dict()) == TINY
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_folded_at_the_door_is_unfolded_there(
+    channels: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing between, the network is the identity, in colour as in grey."""
+    net = UNet(UNetConfig(channels=channels, widths=(8, 16), groups=4))
+    seen: dict[str, Tensor] = {}
+
+    def nothing(x: Tensor, t: Tensor) -> SimpleNamespace:
+        seen.update(x=x, t=t)
+        return SimpleNamespace(sample=x)
+
+    monkeypatch.setattr(net.unet, "forward", nothing)
+    x = torch.randn(2, channels, 8, 12, generator=generator)
+    c_noise = torch.tensor([0.1, -0.2])
+    assert torch.equal(net(x, c_noise), x)
+    assert seen["x"].shape == (2, 4 * channels, 4, 6)
+    close(seen["t"], torch.tensor([100.0, -200.0]), 1e-3)
 
 
 def test_a_saved_prior_denoises_as_its_network(

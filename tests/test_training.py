@@ -16,17 +16,14 @@ from invsolve import io, priors
 from invsolve.io import Image
 from invsolve.priors import Affine, EDMPrior
 from invsolve.training import (
-    Data,
     Optimisation,
     Plan,
     TrainConfig,
-    _batch,
     _warm_ema,
     edm_loss,
-    load_photos,
-    load_slices,
     train,
 )
+from invsolve.training_data import Data, draw, load
 from invsolve.units import MU_WATER
 
 # --- the loss
@@ -166,11 +163,15 @@ def folders(train: Path, val: Path, **options: Any) -> Data:
     return Data.model_validate({"train": train, "val": val, **options})
 
 
+def read(folder: Path, data: Data, seed: int = 0) -> Tensor:
+    return load(folder, data, Generator().manual_seed(seed))
+
+
 def test_slices_are_all_of_every_volume_but_the_empty(data: Data) -> None:
     empty = torch.zeros(3, 16, 16)
     np.save(data.train / "c.npy", torch.cat([empty, volume(3)]).numpy())
     expected = torch.cat([volume(k) for k in (1, 2, 3)])[:, None].half()
-    assert torch.equal(load_slices(data.train, data), expected)
+    assert torch.equal(read(data.train, data), expected)
 
 
 def test_hounsfield_units_become_the_prior_s_range(tmp_path: Path) -> None:
@@ -180,83 +181,142 @@ def test_hounsfield_units_become_the_prior_s_range(tmp_path: Path) -> None:
     io.write(tmp_path / "a.nii.gz", Image(hu, affine, "HU"))
     data = folders(tmp_path, tmp_path, unit="HU", scale=MU_WATER)
     expected = (hu / 1000 + 1)[:, None].half()
-    torch.testing.assert_close(load_slices(tmp_path, data), expected)
+    torch.testing.assert_close(read(tmp_path, data), expected)
 
 
 def test_folders_without_images_are_refused(data: Data, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file matches"):
-        load_slices(tmp_path, data)
+        read(tmp_path, data)
     np.save(tmp_path / "dark.npy", np.zeros((2, 16, 16)))
     with pytest.raises(ValueError, match="is background"):
-        load_slices(tmp_path, data)
+        read(tmp_path, data)
+
+
+def photo(path: Path, height: int, width: int) -> None:
+    """Colours that tell the place: red the row, green the column."""
+    row, column = np.mgrid[:height, :width]
+    picture(path, np.stack([row, column, 0 * row + 7], axis=2).astype(np.uint8))
+
+
+def picture(path: Path, array: np.ndarray) -> None:
+    from skimage.io import imsave
+
+    imsave(path, array, check_contrast=False)
+
+
+def photographs(folder: Path, **options: Any) -> Data:
+    given = {"pattern": "*.png", "photo_crops": 50, "size": 8, "zoom": 1.0}
+    return folders(folder, folder, **{**given, **options})
+
+
+def test_squares_are_parts_of_the_photographs(tmp_path: Path) -> None:
+    """Unscaled they are the pixels, from anywhere, edges included."""
+    photo(tmp_path / "a.png", 11, 13)
+    data = photographs(tmp_path, scale=0.5, offset=0.5)
+    squares = read(tmp_path, data).float()
+    assert squares.shape == (50, 3, 8, 8)
+    colours = 255 * (squares + 1) / 2
+    first = colours[:, :, 0, 0].round()
+    steps = torch.arange(8.0)
+    expected = torch.stack(
+        [
+            first[:, 0, None, None] + steps[:, None].expand(8, 8),
+            first[:, 1, None, None] + steps.expand(8, 8),
+            torch.full((50, 8, 8), 7.0),
+        ],
+        1,
+    )
+    torch.testing.assert_close(colours, expected, rtol=0, atol=0.1)  # float16
+    assert first[:, 0].unique().tolist() == [0, 1, 2, 3]
+    assert first[:, 1].unique().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_scales_are_even_in_their_logarithm(tmp_path: Path) -> None:
+    """A square of side s shows a ramp s/8 times as steep: its mean over areas."""
+    photo(tmp_path / "a.png", 64, 90)
+    data = photographs(tmp_path, zoom=4.0, photo_crops=400)
+    squares = 255 * read(tmp_path, data).float()
+    steepness = (squares[:, 0, 7, 0] - squares[:, 0, 0, 0]) / 7
+    assert 0.9 < steepness.min() < 1.1 and 3.8 < steepness.max() < 4.1
+    # Half of them between 1 and √zoom = 2, within four standard errors.
+    assert abs(float((steepness < 2).float().mean()) - 0.5) < 4 * 0.5 / 400**0.5
+    assert torch.equal(squares, 255 * read(tmp_path, data).float())
+    assert not torch.equal(squares, 255 * read(tmp_path, data, seed=1).float())
+
+
+def test_a_photograph_bounds_its_scales(tmp_path: Path) -> None:
+    """A square is no larger than the photograph, whatever zoom allows."""
+    photo(tmp_path / "a.png", 16, 30)
+    squares = 255 * read(tmp_path, photographs(tmp_path, zoom=100.0)).float()
+    down = (squares[:, 0, 7, 0] - squares[:, 0, 0, 0]) / 7
+    right = (squares[:, 1, 0, 7] - squares[:, 1, 0, 0]) / 7
+    assert 1.5 < down.max() < 2.1
+    torch.testing.assert_close(down, right, rtol=0, atol=0.1)
+
+
+def test_scaling_down_is_averaging(tmp_path: Path) -> None:
+    """Stripes of one pixel vanish at half the scale, at which 16 pixels become 8."""
+    stripes = np.zeros((16, 16, 3), np.uint8)
+    stripes[:, ::2] = 200
+    picture(tmp_path / "a.png", stripes)
+    data = photographs(tmp_path, zoom=2.0, photo_crops=200)
+    squares = 255 * read(tmp_path, data).float()
+    even = ((squares - 100).abs() < 0.1).flatten(1).all(1)
+    assert even.any() and not even.all()
+
+
+def test_photographs_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
+    data = photographs(tmp_path)
+    with pytest.raises(ValueError, match="no file matches"):
+        read(tmp_path, data)
+    path = tmp_path / "a.png"
+    photo(path, 7, 90)
+    with pytest.raises(ValueError, match=r"a\.png is smaller than data\.size"):
+        read(tmp_path, data)
+    picture(path, np.zeros((80, 80), np.uint8))
+    with pytest.raises(ValueError, match="no colours"):
+        read(tmp_path, data)
+    photo(path, 40, 40)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"cannot read .*a\.png") as refused:
+        read(tmp_path, data)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"photo_crops": 2, "crop": 8}, "are for slices"),
+        ({"photo_crops": 2, "unit": "HU"}, "are for slices"),
+        ({"grey": 0.5}, "set photo_crops"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(
+    tmp_path: Path, options: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        folders(tmp_path, tmp_path, **options)
 
 
 def batch(
     data: Data, n: int = 64, crop: int = 0, **changes: Any
 ) -> tuple[Tensor, Tensor]:
     """The images, and a batch of them under changed options."""
-    images = load_slices(data.train, data)
+    images = read(data.train, data)
     changed = data.model_copy(update=changes)
-    return images.float(), _batch(images, changed, n, crop, Generator().manual_seed(0))
+    return images.float(), draw(images, changed, n, crop, Generator().manual_seed(0))
 
 
-def photo(path: Path, height: int, width: int) -> np.ndarray:
-    """Colours that tell the place: red the row, green the column."""
-    from skimage.io import imsave
-
-    row, column = np.mgrid[:height, :width]
-    array = np.stack([row, column, 0 * row + 7], axis=2).astype(np.uint8)
-    imsave(path, array, check_contrast=False)
-    return array
-
-
-def test_squares_of_photographs_are_parts_of_them(tmp_path: Path) -> None:
-    """Unscaled they are the pixels; scaled down, means over them."""
+def test_some_photographs_lose_their_colours(tmp_path: Path) -> None:
+    """Their luma remains, 0.299 R + 0.587 G + 0.114 B, in each channel."""
     photo(tmp_path / "a.png", 40, 30)
-    data = Data.model_validate(
-        {
-            "train": tmp_path,
-            "val": tmp_path,
-            "pattern": "*.png",
-            "photo_crops": 50,
-            "size": 8,
-            "zoom": 1.0,
-            "scale": 0.5,
-            "offset": 0.5,
-        }
-    )
-    squares = load_photos(tmp_path, data, Generator().manual_seed(0)).float()
-    assert squares.shape == (50, 3, 8, 8)
-    colours = 255 * (squares + 1) / 2
-    steps = torch.arange(8.0)
-    assert (colours[:, 2] - 7).abs().max() < 0.2
-    for square in colours:
-        assert (square[0] - square[0, 0, 0] - steps[:, None]).abs().max() < 0.2
-        assert (square[1] - square[1, 0, 0] - steps).abs().max() < 0.2
-    wide = data.model_copy(update={"zoom": 3.0})
-    squares = load_photos(tmp_path, wide, Generator().manual_seed(0)).float()
-    slopes = 255 * (squares[:, 0, 7, 0] - squares[:, 0, 0, 0]) / 2 / 7
-    assert slopes.min() >= 0.9
-    assert 2.5 < slopes.max() <= 3.4  # pixels of the photograph for one of the square
-    again = load_photos(tmp_path, wide, Generator().manual_seed(0)).float()
-    assert torch.equal(again, squares)
-
-
-def test_photographs_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
-    from skimage.io import imsave
-
-    values = {"train": tmp_path, "val": tmp_path, "pattern": "*.png", "photo_crops": 2}
-    data = Data.model_validate(values)
-    generator = Generator().manual_seed(0)
-    with pytest.raises(ValueError, match="no file matches"):
-        load_photos(tmp_path, data, generator)
-    photo(tmp_path / "a.png", 40, 90)
-    with pytest.raises(ValueError, match=r"smaller than data\.size"):
-        load_photos(tmp_path, data, generator)
-    grey = np.zeros((80, 80), np.uint8)
-    imsave(tmp_path / "a.png", grey, check_contrast=False)
-    with pytest.raises(ValueError, match="not in colour"):
-        load_photos(tmp_path, data, generator)
+    images, x = batch(photographs(tmp_path), n=200, grey=0.25, flip=False)
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None] * images
+    plain = luma.sum(1, keepdim=True).expand_as(images)
+    both = torch.stack([images, plain])
+    same = ((x[:, None, None] - both).abs() < 1e-6).flatten(3).all(3).any(2)
+    assert (same.sum(1) == 1).all()
+    assert abs(int(same[:, 1].sum()) - 50) < 4 * (200 * 0.25 * 0.75) ** 0.5
 
 
 def test_a_batch_is_of_the_images(data: Data) -> None:
@@ -383,6 +443,50 @@ def test_a_finished_run_has_nothing_to_do(config: TrainConfig, tmp_path: Path) -
     train(config, tmp_path / "out", seed=0)
     for name, value in weights(tmp_path / "out").items():
         assert torch.equal(value, before[name])
+
+
+def test_photographs_are_trained_on_in_parts(tmp_path: Path) -> None:
+    """Bit for bit as in one go: the squares, their order and the noise are the same."""
+    photo(tmp_path / "a.png", 40, 30)
+    config = TrainConfig(
+        name="tiny",
+        data=photographs(tmp_path, scale=0.5, offset=0.5, zoom=3.0, grey=0.2),
+        network={"channels": 3, "widths": [8, 16], "groups": 4},
+        optimisation=optimisation(images=16, batch=4, warmup=3, bf16=False),
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    card = train(config, whole, seed=0)
+    train(config, cut, seed=0, stop=after(2))
+    train(config, cut, seed=0)
+    expected, got = weights(whole), weights(cut)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    prior = priors.load(card)
+    colours = torch.zeros(1, 3, 8, 8)
+    assert prior.denoise(colours, torch.tensor(0.1)).shape == colours.shape
+    with pytest.raises(ValueError, match="have 3 channel"):
+        prior.check((1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("network", "crop", "why"),
+    [
+        ({"channels": 3}, 0, r"set network\.channels = 1"),
+        ({"widths": [8, 8, 8, 8, 8]}, 0, r"that 32 divides, got images of \(16, 16\)"),
+        ({}, 6, "crops of 6"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused(
+    config: TrainConfig, tmp_path: Path, network: dict[str, Any], crop: int, why: str
+) -> None:
+    other = config.model_copy(
+        update={
+            "network": {**config.network, **network},
+            "data": config.data.model_copy(update={"crop": crop}),
+        }
+    )
+    with pytest.raises(ValueError, match=why):
+        train(other, tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_seed_decides(config: TrainConfig, tmp_path: Path) -> None:
