@@ -24,6 +24,7 @@ from invsolve import InverseProblem, samplers
 from invsolve.operators import GaussianNoise, LinearOperator
 from invsolve.operators.bridge import from_scipy
 from invsolve.priors import GaussianMixturePrior, GaussianPrior
+from invsolve.samplers.solvers import Multistep
 
 DRAWS = 20_000
 BEGIN, END = "<!-- oracles: begin -->", "<!-- oracles: end -->"
@@ -45,13 +46,27 @@ class Entry:
 RANGE = {"sigma_range": (0.02, 20.0)}
 ENTRIES = (
     Entry("mmps", samplers.mmps, "N F + N (k+1) B", RANGE),
+    Entry(
+        "mmps, deis3",
+        samplers.mmps,
+        "N F + N (k+1) B",
+        {"solver": Multistep(3, "eps"), **RANGE},
+    ),
     Entry("pigdm", samplers.pigdm, "N F + N B", RANGE),
     Entry("tmpd", samplers.tmpd, "2N F", RANGE, 2),
     Entry("daps", samplers.daps, "5N F", RANGE, 5),
     Entry("diffpir", samplers.diffpir, "N F", RANGE),
+    Entry(
+        "diffpir, dpm++",
+        samplers.diffpir,
+        "N F",
+        {"solver": Multistep(2), **RANGE},
+    ),
     Entry("dds", samplers.dds, "N F", RANGE),
     Entry("ddnm", samplers.ddnm, "N F", RANGE),
     Entry("ddnm, noisy", samplers.ddnm, "N F", {"noisy": True, **RANGE}),
+    Entry("ddrm", samplers.ddrm, "N F", RANGE),
+    Entry("score_sde", samplers.score_sde, "(2N − 1) F", RANGE, 2),
     Entry("dps", samplers.dps, "N F + N B"),
     Entry(
         "reddiff",
@@ -66,6 +81,8 @@ ENTRIES = (
             "lr": 0.5,
         },
     ),
+    Entry("pnp", samplers.pnp, "N F", {"sigma_range": (0.05, 1.0), "lam": 1.0}),
+    Entry("red", samplers.red, "N F", {"sigma_range": (0.05, 1.0)}),
 )
 
 
@@ -182,7 +199,7 @@ def picture(clouds: dict[str, Tensor], path: Path) -> None:
         normal = torch.distributions.MultivariateNormal(part.mean, part.cov)
         density += w * normal.log_prob(grid).exp()
     figure, axes = plt.subplots(
-        2, 6, figsize=(11, 5.6), sharex=True, sharey=True, layout="constrained"
+        3, 6, figsize=(11, 8.2), sharex=True, sharey=True, layout="constrained"
     )
     for ax, (name, x) in zip(axes.flat, clouds.items(), strict=False):
         ax.contourf(axis0, axis1, density, 8, cmap="Greys", alpha=0.6)

@@ -464,8 +464,8 @@ def psnr_of(
     """Over channels and pixels alike."""
     if region is not None:
         return psnr(x, truth, data_range, region)
-    flat = (v.reshape(len(v), 1, -1, v.shape[-1]) for v in (x, truth))
-    return psnr(*flat, data_range)
+    flat, true = (v.reshape(len(v), 1, -1, v.shape[-1]) for v in (x, truth))
+    return psnr(flat, true, data_range)
 
 
 def ssim_of(
@@ -486,7 +486,7 @@ def perceptual(x: Tensor, truth: Tensor, data_range: float) -> float | None:
         stand_in = SimpleNamespace(embed=None, summary=None)
         sys.modules.setdefault(unused, cast(Any, stand_in))
     try:
-        from stlpips_pytorch import stlpips
+        from stlpips_pytorch import stlpips  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         return None
     net = perceptual.__dict__.setdefault(

@@ -82,7 +82,7 @@ def ct_images(data: Path, part: str, n: int) -> Tensor:
 
 def ct(views: int, x: Tensor, generator: Generator) -> iv.InverseProblem:
     """Parallel beams over 180°, Poisson counts, made on a finer grid."""
-    A = ParallelBeam(tuple(x.shape[-2:]), even_angles(views), PIXEL_MM)
+    A = ParallelBeam((x.shape[-2], x.shape[-1]), even_angles(views), PIXEL_MM)
     noise = TransmissionNoise(COUNTS, FLOOR)
     return iv.InverseProblem(measure(x, A, noise, generator=generator), A, noise)
 

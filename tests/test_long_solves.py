@@ -342,9 +342,9 @@ class SlowBackwards(torch.autograd.Function):
         return 0.5 * x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, *grad_outputs: Tensor) -> Tensor:
         time.sleep(0.01)
-        return 0.5 * grad
+        return 0.5 * grad_outputs[0]
 
 
 @final

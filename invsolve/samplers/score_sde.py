@@ -77,7 +77,7 @@ def score_sde(
     x = start(like, sigmas[0], generator)
     for sigma, sigma_next in progress(transitions(sigmas)):
         x0 = prior.denoise(x, sigma)
-        if sigma_next == 0:
+        if not sigma_next:
             return project(x0, sigma_next)
         room = sigma**2 - sigma_next**2
         n = randn_like(x, generator)
