@@ -157,28 +157,36 @@ def mixture_bias(x: Tensor) -> tuple[float, float]:
     return float((label == 1).double().mean()), float(residual.square().mean())
 
 
-def table(passes: tuple[int, int]) -> tuple[list[str], dict[str, Tensor]]:
-    """The rows in Markdown, and the longer runs' draws on the mixture."""
-    few, many = passes
+def table(passes: tuple[int, ...]) -> tuple[list[str], dict[str, Tensor]]:
+    """The rows in Markdown, and the draws on the mixture.
+
+    Args:
+        passes: of the network for one draw: few, many, and so many that what is left
+            is the method's own bias. The mixture's columns are of the middle one.
+    """
+    counts = " / ".join(map(str, passes))
+    many = passes[1]
     lines = [
-        f"| sampler | gives | cost | mean's error, {few} / {many} passes | covariance's "
-        f"ratios, {few} | {many} | upper mode, {many} | χ² |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| sampler | gives | cost | mean's error, {counts} passes | covariance's ratios, "
+        + " | ".join(map(str, passes))
+        + f" | upper mode, {many} | χ² |",
+        "| --- | --- | --- | --- |" + " --- |" * (len(passes) + 2),
     ]
     reference = exact("mixture").sample(DRAWS, generator=Generator().manual_seed(0))
     share, chi2 = mixture_bias(reference)
-    lines.append(f"| exact | | | 0 | 1 … 1 | 1 … 1 | {share:.2f} | {chi2:.2f} |")
+    right = " 1 … 1 |" * len(passes)
+    lines.append(f"| exact | | | 0 |{right} {share:.2f} | {chi2:.2f} |")
     pictures = {"exact": reference}
     for entry in ENTRIES:
-        (m1, a1, b1), (m2, a2, b2) = (
-            gaussian_bias(draws(entry, "gaussian", n)) for n in passes
-        )
+        found = [gaussian_bias(draws(entry, "gaussian", n)) for n in passes]
         x = pictures[entry.name] = draws(entry, "mixture", many)
         share, chi2 = mixture_bias(x)
         kind = entry.sampler.kind.replace("_", " ")  # pyright: ignore
+        means = " / ".join(f"{m:.2f}" for m, _, _ in found)
+        ratios = " | ".join(f"{a:.2f} … {b:.2f}" for _, a, b in found)
         lines.append(
-            f"| `{entry.name}` | {kind} | {entry.cost} | {m1:.2f} / {m2:.2f} | "
-            f"{a1:.2f} … {b1:.2f} | {a2:.2f} … {b2:.2f} | {share:.2f} | {chi2:.2f} |"
+            f"| `{entry.name}` | {kind} | {entry.cost} | {means} | {ratios} | "
+            f"{share:.2f} | {chi2:.2f} |"
         )
         print(lines[-1], flush=True)
     return lines, pictures
@@ -215,7 +223,7 @@ def main() -> None:
     """Make the table, and put it into the page."""
     parser = argparse.ArgumentParser(description="Samplers against exact posteriors.")
     parser.add_argument("--docs", type=Path, help="The page whose table to replace.")
-    parser.add_argument("--passes", type=int, nargs=2, default=(20, 200))
+    parser.add_argument("--passes", type=int, nargs=3, default=(20, 200, 1000))
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines, clouds = table(tuple(args.passes))

@@ -2,12 +2,14 @@
 
     python benchmarks/quality.py tune  --data $INVSOLVE_DATA --task ct-30
     python benchmarks/quality.py run   --data $INVSOLVE_DATA --task ct-30
+    python benchmarks/quality.py reference --data $INVSOLVE_DATA --task ct-30
     python benchmarks/quality.py docs
 
 ``tune`` searches each method's settings on 8 images apart (Optuna's TPE, 20 passes of the
 network a draw); ``run`` makes one draw for each of 32 others at the same cost, several
-for the first 8 of them, which tell how well the spread is calibrated, and the few-step
-curve. Each result is kept as it comes, so that a run which was stopped goes on.
+for the first few of them, which tell how well the spread is calibrated, and the few-step
+curve; ``reference`` is DPS with 1000 steps. Each result is kept as it comes, so that a
+run which was stopped goes on.
 """
 
 import argparse
@@ -31,16 +33,18 @@ from tqdm import tqdm
 import invsolve as iv
 from invsolve import io, samplers
 from invsolve.metrics import psnr, ssim
-from invsolve.samplers.solvers import SDE, Multistep
+from invsolve.samplers.ddrm import ddrm
+from invsolve.samplers.solvers import Multistep
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 PASSES = 20
 """Of the network for one draw, in tuning and in the tables."""
 
 CURVE = (5, 10, 20, 50, 100)
-TRIALS = 8
+LONG = 1000
+"""Of DPS as it was published."""
+TRIALS = 12
 DRAWS = 8
-CURVE_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -50,35 +54,39 @@ class Method:
     Attributes:
         sampler: the function.
         space: from a trial to the settings that it tries.
+        first: what is tried first, in the space's names: what the theory says.
         fixed: the settings that are not searched.
         passes: of the network in a step.
-        backward: whether each pass also goes backwards.
     """
 
     sampler: Callable[..., Tensor]
     space: Callable[[Any], dict[str, Any]]
+    first: Mapping[str, Any]
     fixed: Mapping[str, Any]
     passes: int = 1
-    backward: bool = False
 
 
 def levels(trial: Any) -> tuple[float, float]:
     """The lowest and the highest level of a trial."""
-    low = trial.suggest_float("low", 0.005, 0.1, log=True)
-    return low, trial.suggest_float("high", 0.5, 20.0, log=True)
+    low = trial.suggest_float("low", 0.01, 0.1, log=True)
+    return low, trial.suggest_float("high", 0.3, 10.0, log=True)
 
 
+def weight(trial: Any) -> float:
+    """λ, which is 1 by Bayes' rule."""
+    return trial.suggest_float("lam", 0.05, 2.0, log=True)
+
+
+LEVELS = {"low": 0.02, "high": 3.0}
 METHODS: Mapping[str, Method] = {
     "reddiff": Method(
         samplers.reddiff,
         lambda t: {
-            "sigma_range": (
-                t.suggest_float("low", 0.01, 0.1, log=True),
-                t.suggest_float("high", 0.3, 2.0, log=True),
-            ),
-            "lam": t.suggest_float("lam", 0.05, 1.5, log=True),
+            "sigma_range": levels(t),
+            "lam": weight(t),
             "lr": t.suggest_float("lr", 0.2, 1.0),
         },
+        {"low": 0.03, "high": 0.5, "lam": 0.5, "lr": 0.5},
         {
             "optimizer": "prox",
             "normalize": "bayes",
@@ -88,30 +96,42 @@ METHODS: Mapping[str, Method] = {
         },
         passes=2,
     ),
+    "pnp": Method(
+        samplers.pnp,
+        lambda t: {"sigma_range": levels(t), "lam": weight(t)},
+        {"low": 0.05, "high": 0.4, "lam": 0.23},
+        {"cg_steps": 15, "init": "adjoint"},
+    ),
+    "red": Method(
+        samplers.red,
+        lambda t: {"sigma_range": levels(t), "lam": weight(t)},
+        {"low": 0.05, "high": 0.4, "lam": 0.5},
+        {"cg_steps": 15, "init": "adjoint"},
+    ),
     "dds": Method(
         samplers.dds,
         lambda t: {
             "sigma_range": levels(t),
-            "lam": t.suggest_float("lam", 0.1, 2.0, log=True),
+            "lam": weight(t),
             "eta": t.suggest_float("eta", 0.0, 1.0),
         },
+        {**LEVELS, "lam": 1.0, "eta": 0.85},
         {"cg_steps": 10},
     ),
     "diffpir": Method(
         samplers.diffpir,
         lambda t: {
             "sigma_range": levels(t),
-            "lam": t.suggest_float("lam", 0.1, 2.0, log=True),
+            "lam": weight(t),
             "zeta": t.suggest_float("zeta", 0.0, 1.0),
         },
+        {**LEVELS, "lam": 1.0, "zeta": 0.5},
         {"cg_steps": 15},
     ),
     "diffpir, dpm++ 2m": Method(
         samplers.diffpir,
-        lambda t: {
-            "sigma_range": levels(t),
-            "lam": t.suggest_float("lam", 0.1, 2.0, log=True),
-        },
+        lambda t: {"sigma_range": levels(t), "lam": weight(t)},
+        {**LEVELS, "lam": 1.0},
         {"cg_steps": 15, "solver": Multistep(2)},
     ),
     "ddnm": Method(
@@ -120,13 +140,28 @@ METHODS: Mapping[str, Method] = {
             "sigma_range": levels(t),
             "eta": t.suggest_float("eta", 0.0, 1.0),
         },
+        {**LEVELS, "eta": 0.85},
         {"cg_steps": 15},
+    ),
+    "ddrm": Method(
+        ddrm,
+        lambda t: {
+            "sigma_range": levels(t),
+            "eta": t.suggest_float("eta", 0.0, 1.0),
+            "eta_b": t.suggest_float("eta_b", 0.0, 1.0),
+        },
+        {**LEVELS, "eta": 0.85, "eta_b": 1.0},
+        {},
     ),
     "daps": Method(
         samplers.daps,
-        lambda t: {"sigma_range": levels(t)},
-        {"ode_steps": 4, "cg_steps": 15},
-        passes=4,
+        lambda t: {
+            "sigma_range": levels(t),
+            "spread": t.suggest_float("spread", 0.02, 0.5, log=True),
+        },
+        {**LEVELS, "spread": 0.1},
+        {"ode_steps": 2, "cg_steps": 15},
+        passes=2,
     ),
     "tmpd": Method(
         samplers.tmpd,
@@ -135,6 +170,7 @@ METHODS: Mapping[str, Method] = {
             "lam": t.suggest_float("lam", 0.5, 8.0, log=True),
             "eta": t.suggest_float("eta", 0.0, 1.0),
         },
+        {**LEVELS, "lam": 1.0, "eta": 1.0},
         {},
         passes=2,
     ),
@@ -145,45 +181,27 @@ METHODS: Mapping[str, Method] = {
             "spread": t.suggest_float("spread", 0.05, 1.0, log=True),
             "eta": t.suggest_float("eta", 0.0, 1.0),
         },
+        {**LEVELS, "spread": 0.3, "eta": 1.0},
         {"cg_steps": 15},
-        backward=True,
     ),
     "mmps": Method(
         samplers.mmps,
-        lambda t: {"sigma_range": levels(t), "cg_steps": t.suggest_int("cg", 1, 3)},
-        {"solver": SDE(2)},
-        backward=True,
+        lambda t: {
+            "sigma_range": levels(t),
+            "cg_steps": t.suggest_int("cg", 1, 2),
+            "eta": t.suggest_float("eta", 0.0, 1.0),
+        },
+        {**LEVELS, "cg": 1, "eta": 1.0},
+        {},
     ),
     "dps": Method(
         samplers.dps,
         lambda t: {
-            "zeta": t.suggest_float("zeta", 0.05, 5.0, log=True),
+            "zeta": t.suggest_float("zeta", 0.1, 10.0, log=True),
             "eta": t.suggest_float("eta", 0.0, 1.0),
         },
+        {"zeta": 1.0, "eta": 1.0},
         {},
-        backward=True,
-    ),
-    "pnp": Method(
-        samplers.pnp,
-        lambda t: {
-            "sigma_range": (
-                t.suggest_float("low", 0.01, 0.1, log=True),
-                t.suggest_float("high", 0.2, 1.0, log=True),
-            ),
-            "lam": t.suggest_float("lam", 0.05, 2.0, log=True),
-        },
-        {"cg_steps": 15},
-    ),
-    "red": Method(
-        samplers.red,
-        lambda t: {
-            "sigma_range": (
-                t.suggest_float("low", 0.01, 0.1, log=True),
-                t.suggest_float("high", 0.1, 1.0, log=True),
-            ),
-            "lam": t.suggest_float("lam", 0.05, 2.0, log=True),
-        },
-        {"cg_steps": 15},
     ),
     "score_sde": Method(
         samplers.score_sde,
@@ -192,6 +210,7 @@ METHODS: Mapping[str, Method] = {
             "snr": t.suggest_float("snr", 0.02, 0.3, log=True),
             "lam": t.suggest_float("lam", 0.2, 1.0),
         },
+        {**LEVELS, "snr": 0.16, "lam": 1.0},
         {"cg_steps": 10},
         passes=2,
     ),
@@ -202,7 +221,7 @@ METHODS: Mapping[str, Method] = {
 def main() -> None:
     """Tune, run, or write down."""
     parser = argparse.ArgumentParser(description="Every sampler on every task.")
-    parser.add_argument("what", choices=["tune", "run", "docs"])
+    parser.add_argument("what", choices=["tune", "run", "reference", "docs"])
     data = os.environ.get("INVSOLVE_DATA", "data")
     parser.add_argument("--data", type=Path, default=Path(data))
     parser.add_argument("--task", choices=list(TASKS), action="append")
@@ -212,6 +231,7 @@ def main() -> None:
     parser.add_argument("--prior", help="a card instead of the task's bundled prior")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=Path("docs/quality.md"))
+    parser.add_argument("--only", choices=["table", "spread", "curve"])
     parser.add_argument("--minutes", type=float, help="begin nothing after so many")
     args = parser.parse_args()
     if args.what == "docs":
@@ -222,8 +242,10 @@ def main() -> None:
         bench = Bench(name, args)
         if args.what == "tune":
             bench.tune(until)
-        else:
+        elif args.what == "run":
             bench.run(until)
+        else:
+            bench.reference(until)
 
 
 class Bench:
@@ -320,7 +342,7 @@ class Bench:
                     **method.fixed,
                     **options,
                 )
-            except ValueError:
+            except ValueError:  # it diverged
                 return -100.0
             return self.score(solution.mean, truth)
 
@@ -328,6 +350,7 @@ class Bench:
             direction="maximize",
             sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=TRIALS // 2),
         )
+        study.enqueue_trial(dict(method.first))
         study.optimize(objective, n_trials=TRIALS)
         best = study.best_trial
         return {
@@ -348,6 +371,8 @@ class Bench:
         ready = [m for m in [*self.classical, *self.methods] if m in settings]
         truth, problem = self.measured("test", TEST)
         for part in (self.table, self.spread, self.curve):
+            if self.args.only not in (None, part.__name__):
+                continue
             for name in tqdm(ready, desc=f"{part.__name__} {self.name}"):
                 known = self.found.setdefault(part.__name__, {})
                 if name not in known and time.monotonic() < until:
@@ -355,6 +380,33 @@ class Bench:
                     if row is not None:
                         known[name] = row
                         self.save()
+
+    def reference(self, until: float) -> None:
+        """DPS as published, 1000 steps with η = 1, its ζ chosen on two tuning images."""
+        known = self.found.setdefault("reference", {"tried": {}})
+        options = {"steps": LONG, "eta": 1.0}
+        truth, problem = self.measured("tune", 2)
+        for zeta in (0.3, 1.0, 3.0):
+            if str(zeta) not in known["tried"] and time.monotonic() < until:
+                x = self.solve(problem, samplers.dps, 1, zeta=zeta, **options).mean
+                known["tried"][str(zeta)] = self.score(x, truth)
+                self.save()
+        if (
+            len(known["tried"]) == 3
+            and "psnr" not in known
+            and time.monotonic() < until
+        ):
+            zeta = max(known["tried"], key=lambda z: known["tried"][z])
+            few, some = self.first_few()
+            x = self.solve(some, samplers.dps, 1, zeta=float(zeta), **options).mean
+            known |= {"zeta": float(zeta), "psnr": self.score(x, few)}
+            self.save()
+
+    def first_few(self) -> tuple[Tensor, iv.InverseProblem]:
+        """The test images of which more than one draw is made."""
+        truth, problem = self.measured("test", TEST)
+        n = self.task.few
+        return truth[:n], problem.items(torch.arange(n))
 
     def draw(
         self, name: str, options: Mapping, problem: Any, passes: int, samples: int = 1
@@ -402,10 +454,8 @@ class Bench:
         """Several draws: how often the truth lies in their central intervals."""
         if name in self.task.classical:
             return None
-        few = truth[:CURVE_IMAGES]
-        solution = self.draw(
-            name, options, problem.items(torch.arange(len(few))), PASSES, DRAWS
-        )
+        few, some = self.first_few()
+        solution = self.draw(name, options, some, PASSES, DRAWS)
         region = self.task.region(few)
         mean = self.score(solution.mean, few)
         if solution.kind == "point_estimate":
@@ -427,8 +477,7 @@ class Bench:
         """PSNR of one draw against the passes it costs."""
         if name in self.task.classical:
             return None
-        few = truth[:CURVE_IMAGES]
-        some = problem.items(torch.arange(len(few)))
+        few, some = self.first_few()
         values = {}
         for passes in CURVE:
             try:

@@ -53,6 +53,7 @@ class Task:
         tuned_as: the task whose settings are used; itself unless given.
         classical: methods without a prior, and the values tried for their settings.
         masked: whether only the body counts.
+        few: how many of the test images the draws and the few-step curve are for.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Task:
     classical: Mapping[str, tuple[Callable, Mapping[str, list[Any]]]]
     tuned_as: str | None = None
     masked: bool = False
+    few: int = 4
 
     def region(self, x: Tensor) -> Tensor | None:
         """The pixels that count."""
@@ -244,6 +246,7 @@ TASKS: Mapping[str, Task] = {
         photos,
         super_resolution,
         tv_grid(1, 2, 4, 8, 16, 32),
+        few=8,
     ),
     "deblur": Task(
         "deblurring",
@@ -252,6 +255,7 @@ TASKS: Mapping[str, Task] = {
         photos,
         deblurring,
         tv_grid(1, 2, 4, 8, 16, 32, 64),
+        few=8,
     ),
     "inpaint": Task(
         "inpainting 70 %",
@@ -260,5 +264,6 @@ TASKS: Mapping[str, Task] = {
         photos,
         inpainting,
         tv_grid(2, 4, 8, 16, 32, 64),
+        few=8,
     ),
 }

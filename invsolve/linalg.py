@@ -32,19 +32,21 @@ def cg(
         b: the right-hand side.
         x: where to start.
         max_steps: at most so many applications of M after the first.
-        rtol: stop when ‖b − M x‖ ≤ rtol ‖b‖ for every item.
+        rtol: stop when ‖b − M x‖ ≤ rtol ‖b‖ for every item; what lies below the
+            rounding of b counts as nothing.
     """
+    eps = torch.finfo(b.dtype).eps
     r = b - apply(x)
     p, rr = r, dot(r, r)
-    enough = rtol**2 * dot(b, b)
+    enough = max(rtol, 4 * eps) ** 2 * dot(b, b)
     for _ in range(max_steps):
         active = rr > enough
         if not active.any():
             break
         Mp = apply(p)
         pMp = dot(p, Mp)
-        # A direction in M's null space says that nothing more can be gained.
-        active = active & (pMp > 0)
+        # A direction almost in M's null space, ⊥ to M p, is rounding that no step mends.
+        active = active & (pMp**2 > eps * dot(p, p) * dot(Mp, Mp))
         alpha = torch.where(active, rr / pMp.where(active, torch.ones_like(pMp)), 0)
         x = x + per_item(alpha, x) * p
         r = r - per_item(alpha, x) * Mp

@@ -191,6 +191,22 @@ def test_daps_on_the_toy() -> None:
     close(eigen_ratios(got.cov, POSTERIOR_COV), real([1.01, 1.73]), 6e-3)
 
 
+def test_daps_is_exact_where_the_prior_is_white() -> None:
+    """With the prior's own spread, one ODE step and three levels: the posterior."""
+    spread = 0.7
+    prior = GaussianPrior(MEAN, spread**2 * torch.eye(2, dtype=torch.float64))
+    gain = spread**2 / (spread**2 + SIGMA_Y**2)
+    mean = MEAN + real([gain * (1.5 - float(MEAN[0])), 0.0])
+    cov = spread**2 * real([[1 - gain, 0.0], [0.0, 1.0]])
+    sigmas = real([1e5, 3.0, 0.5])
+    options = {"sigmas": sigmas, "ode_steps": 1, "rtol": 1e-13}
+    got = chain(daps, SQUARE, prior, 9, spread=spread, **options)
+    close(got.mean, mean, 1e-8)
+    close(got.cov, cov, 1e-8)
+    wide = chain(daps, SQUARE, prior, 9, **options)
+    assert float(eigen_ratios(wide.cov, cov).max()) > 1.2
+
+
 def test_the_flow_is_first_order(generator: Generator) -> None:
     """Halving the steps' length halves the error against the closed form."""
     x = torch.randn(3, 2, generator=generator, dtype=torch.float64)

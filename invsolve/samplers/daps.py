@@ -4,6 +4,7 @@ Zhang, Chu, Berner, Meng, Anandkumar, Song, "Improving Diffusion Inverse Problem
 with Decoupled Noise Annealing", CVPR 2025, Algorithm 1.
 """
 
+from math import inf
 from typing import Literal
 
 import torch
@@ -27,6 +28,7 @@ def daps(
     sigma_range: tuple[float, float] | None = None,
     ode_steps: int = 5,
     ode_sigma_min: float = 0.01,
+    spread: float = inf,
     inner: Literal["exact", "langevin"] = "exact",
     langevin_steps: int = 100,
     lr: float = 1e-4,
@@ -35,11 +37,12 @@ def daps(
     generator: Randomness,
     progress: Progress = iter,
 ) -> X:
-    """x₀ ~ p(y | x₀) N(x₀; x̂₀, σ²I), and x ← x₀ + σ′n; the last x₀ is the draw.
+    """x₀ ~ p(y | x₀) N(x₀; x̂₀, r²I), and x ← x₀ + σ′n; the last x₀ is the draw.
 
-    x̂₀ is where the probability-flow ODE carries x in a few Euler steps. Since each x is
-    noised from scratch, early errors are forgotten. That N(x̂₀, σ²I) stands for
-    p(x₀ | x) makes the draws too wide (up to 1.7 times the variance on the tests' toy).
+    x̂₀ is where the probability-flow ODE carries x in a few Euler steps, and r = σ in the
+    paper. Since each x is noised from scratch, early errors are forgotten. That
+    N(x̂₀, σ²I) stands for p(x₀ | x) makes the draws too wide (up to 1.7 times the
+    variance on the tests' toy), and with few levels far too wide: ``spread``.
 
     Args:
         problem: linear for ``exact``, any for ``langevin``.
@@ -50,12 +53,15 @@ def daps(
             paper has 0.1 … 100 and 200 steps for images in [−1, 1].
         ode_steps: passes of the network at each level.
         ode_sigma_min: the ODE's last level before 0, if it is lower than σ.
+        spread: s in r² = σ²s²/(σ² + s²), the standard deviation of the images' pixels in
+            the prior's range; not of the paper, where it is infinite. With one ODE step
+            it is exact for a prior N(m, s²I).
         inner: how x₀ is drawn. ``exact``, not of the paper, perturbs and solves:
-            x̂₀ + σn and y + noise through the data's proximal map, which for Gaussian
+            x̂₀ + rn and y + noise through the data's proximal map, which for Gaussian
             noise is the inner law itself. ``langevin`` is the paper's.
         langevin_steps: of x₀ ← x₀ − h∇U + √(2h) n.
         lr: h at the first level, falling linearly to a hundredth at the last. In the
-            prior's range squared: it must stay below 2/(‖A‖²/σ_y² + 1/σ²).
+            prior's range squared: it must stay below 2/(‖A‖²/σ_y² + 1/r²).
         cg_steps, rtol: of conjugate gradients, where there is no closed form.
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
@@ -69,16 +75,17 @@ def daps(
     x0 = x
     for k, (sigma, sigma_next) in enumerate(progress(transitions(sigmas))):
         guess = flow(prior, x, sigma, ode_steps, ode_sigma_min)
+        r = sigma / (1 + (sigma / spread) ** 2).sqrt()
         if inner == "exact":
             A, y = problem.whitened()
-            v = guess + sigma * randn_like(x, generator)
+            v = guess + r * randn_like(x, generator)
             z = y + _unit_noise(y, generator)
-            x0 = A.prox(v, z, 1 / sigma**2, max_steps=cg_steps, rtol=rtol)
+            x0 = A.prox(v, z, 1 / r**2, max_steps=cg_steps, rtol=rtol)
         elif inner == "langevin":
             h = lr * (1 - 0.99 * k / max(1, len(sigmas) - 1))
             x0 = guess
             for _ in range(langevin_steps):
-                down = problem.misfit_grad(x0) + (x0 - guess) / sigma**2
+                down = problem.misfit_grad(x0) + (x0 - guess) / r**2
                 x0 = x0 - h * down + (2 * h) ** 0.5 * randn_like(x, generator)
         else:
             raise ValueError(f"unknown inner {inner!r}: exact or langevin")
