@@ -45,8 +45,10 @@ bench-cuda: .venv/installed
 	timeout $(MINUTES)m sh -c '$(BIN)/python benchmarks/operators.py --device cuda --out $(RUNS)/operators \
 		&& $(BIN)/python benchmarks/ct_headneck.py --device cuda --out $(RUNS)/bench-cuda'
 
+# PRIOR=mr-brain-128 and natural-64 need images of their own, see data/README.md.
+PRIOR ?= ct-headneck-128
 train-priors: .venv/installed
-	$(BIN)/invsolve train configs/ct-headneck-128-gpu.toml --out $(RUNS)/ct-headneck-128 --minutes $(MINUTES)
+	$(BIN)/invsolve train configs/$(PRIOR)-gpu.toml --out $(RUNS)/$(PRIOR) --minutes $(MINUTES)
 
 clean:
 	rm -rf .venv runs demo
