@@ -20,6 +20,7 @@ from typing import Annotated, Any, cast, get_args
 import numpy as np
 import torch
 import typer
+import typer.core
 from torch import Generator, Tensor
 
 from invsolve import demo as demonstration, io, operators as ops, priors, samplers
@@ -640,13 +641,34 @@ def train(
     typer.echo(f"wrote {card}; use it with --prior {card}")
 
 
-@app.command("priors", epilog="Example: invsolve priors ct-headneck-128")
+class _Priors(typer.core.TyperGroup):
+    """Takes `invsolve priors [NAME]` for `invsolve priors list [NAME]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["list"])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if known else ["list", *args])
+
+
+priors_app = typer.Typer(
+    cls=_Priors,
+    help="List, inspect and fetch priors.",
+    epilog="Example: invsolve priors inspect model.pt",
+    rich_markup_mode=None,
+    context_settings=app.info.context_settings,
+)
+app.add_typer(priors_app, name="priors")
+
+
+@priors_app.command("list", epilog="Example: invsolve priors list ct-headneck-128")
 def list_priors(
     name: Annotated[
-        str | None, typer.Argument(help="A bundled name, or the path of a card.")
+        str | None, typer.Argument(help="A name, or the path of a card.")
     ] = None,
 ) -> None:
-    """List the bundled priors, or show the card of one."""
+    """List the priors that are bundled and those that can be fetched; or show a card."""
     if name is not None:
         card, path = read_card(name)
         typer.echo(
@@ -660,6 +682,42 @@ def list_priors(
         card, _ = read_card(known)
         about = card.get("data", "")
         typer.echo(f"{known}  unit {card.get('unit') or 'none'}  {about}")
+    typer.echo("public, by invsolve priors fetch NAME:")
+    for known, entry in priors.hub.NAMED.items():
+        typer.echo(f"{known}  {entry.about}  {entry.licence}")
+
+
+@priors_app.command(
+    "inspect", epilog="Example: invsolve priors inspect model.pt --card card.json"
+)
+def inspect_prior(
+    file: Annotated[str, typer.Argument(help="A name, a checkpoint or a folder.")],
+    card: Annotated[
+        Path | None, typer.Option(help="What overrides the file (.json).")
+    ] = None,
+) -> None:
+    """Tell what a checkpoint is and what was decided of it; nothing of it is run."""
+    prior = priors.load(file, card)
+    for fact, value in prior.info:
+        typer.echo(f"{fact:<16}  {value}")
+    for decision in prior.decisions:
+        typer.echo(f"{'decided':<16}  {decision}")
+
+
+@priors_app.command(
+    "fetch", epilog="Example: invsolve priors fetch google/ddpm-cifar10-32"
+)
+def fetch_prior(
+    name: Annotated[str, typer.Argument(help="As invsolve priors list names it.")],
+) -> None:
+    """Download a public checkpoint; one that was interrupted goes on."""
+    path = priors.fetch(name)
+    entry = priors.hub.NAMED[name]
+    for file in entry.files:
+        kept = path / file.name if path.is_dir() else path
+        known = "as published" if file.sha256 else "nobody published one to compare"
+        typer.echo(f"{kept}  sha256 {sha256(kept)} ({known})")
+    typer.echo(f"licence: {entry.licence}; use it with --prior {name}")
 
 
 @app.command(epilog="Example: invsolve doctor")

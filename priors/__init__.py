@@ -1,11 +1,18 @@
 """Diffusion priors, all seen as denoisers."""
 
+from . import hub as hub
 from .analytic import (
     GaussianMixturePrior as GaussianMixturePrior,
     GaussianPrior as GaussianPrior,
     StationaryPrior as StationaryPrior,
 )
 from .base import Affine as Affine, AffineMap as AffineMap, Prior as Prior
+from .families.denoisers import (
+    from_callable as from_callable,
+    from_deepinv as from_deepinv,
+)
+from .hub import fetch as fetch
+from .info import Info as Info
 from .parameterisation import (
     DiscretePrior as DiscretePrior,
     EDMPrior as EDMPrior,

@@ -2,13 +2,17 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from types import MappingProxyType
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from invsolve.shapes import Sigma, X, per_item
+
+from .info import Info, describe
 
 
 class Prior(ABC):
@@ -22,10 +26,19 @@ class Prior(ABC):
 
     Attributes:
         sigma_min, sigma_max: the levels between which the denoiser is trusted.
+        decisions: what was inferred or assumed when it was loaded, line by line.
+        told: what its files say of it, of the facts in `Info`.
     """
 
     sigma_min: float
     sigma_max: float
+    decisions: Sequence[str] = ()
+    told: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def info(self) -> Info:
+        """Its family, unit, range, channels, size rule, noise levels and licence."""
+        return describe(self)
 
     @abstractmethod
     def denoise(self, x: X, sigma: Sigma) -> X:

@@ -1,6 +1,12 @@
 """Families of checkpoints: one file each, known by the names of their weights."""
 
-from . import adm, song
+from . import adm, hugging_face, monai, own, song
 from .family import Family as Family
 
-FAMILIES: tuple[Family, ...] = (adm.FAMILY, *song.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    own.FAMILY,
+    adm.FAMILY,
+    *song.FAMILIES,
+    hugging_face.FAMILY,
+    monai.FAMILY,
+)
