@@ -558,7 +558,8 @@ def write_page(folder: Path, page: Path) -> None:
     """The tables, and the curves beside the page."""
     results = {name: read(folder / f"{name}.json") for name in TASKS}
     results = {name: r for name, r in results.items() if r.get("table")}
-    parts = [summary(results)]
+    parts = [summary(results), *beside_dps(results)]
+    parts += ["![PSNR against network passes, a panel for each task](quality.png)"]
     parts += [section(name, r) for name, r in results.items()]
     put(page, "\n\n".join(parts), BEGIN, END)
     draw_curves(results, page.with_name("quality.png"))
@@ -591,6 +592,33 @@ def summary(results: Mapping[str, Any]) -> str:
             cells.append(text)
         lines.append(f"| {label(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def beside_dps(results: Mapping[str, Any]) -> list[str]:
+    """The best at few passes, and DPS at many, on the same images."""
+    known = {n: r for n, r in results.items() if r.get("reference", {}).get("psnr")}
+    if not known:
+        return []
+    lines = [
+        f"| on the first of these images | best at {PASSES} passes | DPS at {PASSES} | "
+        f"DPS at {LONG} |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, result in known.items():
+        at = {
+            m: c[str(PASSES)]
+            for m, c in result.get("curve", {}).items()
+            if str(PASSES) in c
+        }
+        if not at:
+            continue
+        best, task, long = max(at, key=at.__getitem__), TASKS[name], result["reference"]
+        dps = f"{at['dps']:.2f}" if "dps" in at else "–"
+        lines.append(
+            f"| {task.title}, {task.few} images | {label(best)} {at[best]:.2f} | {dps} | "
+            f"{long['psnr']:.2f} (ζ = {long['zeta']:g}) |"
+        )
+    return ["\n".join(lines)]
 
 
 def label(name: str) -> str:
