@@ -58,3 +58,13 @@ def spawn(generator: Generator, n: int) -> list[Generator]:
     """
     seeds = torch.randint(2**62, (n,), generator=generator, device=generator.device)
     return [Generator(generator.device).manual_seed(int(s)) for s in seeds]
+
+
+def rademacher(x: X, generator: Randomness) -> X:
+    """−1 or 1, each as often, of x's shape, dtype and device."""
+
+    def signs(like: Tensor, g: Generator) -> Tensor:
+        bits = torch.randint(2, like.shape, device=g.device, generator=g)
+        return (2 * bits - 1).to(x.dtype)
+
+    return draw(signs, x, generator)
