@@ -622,7 +622,7 @@ def train(
         raise ValueError(f"--minutes must be > 0, got {minutes}")
     _check_writable(out / "checkpoint.pt")
     settings = training.TrainConfig.read(config)
-    home = Path(os.environ.get("INVSOLVE_DATA") or config.resolve().parent)
+    home = _data_home(config)
     data = settings.data.model_copy(
         update={
             "train": home / settings.data.train.expanduser(),
@@ -639,6 +639,11 @@ def train(
         stop=lambda: time.monotonic() > end,
     )
     typer.echo(f"wrote {card}; use it with --prior {card}")
+
+
+def _data_home(config: Path) -> Path:
+    """What the paths in a configuration are relative to."""
+    return Path(os.environ.get("INVSOLVE_DATA") or config.resolve().parent)
 
 
 class _Priors(typer.core.TyperGroup):
@@ -718,6 +723,55 @@ def fetch_prior(
         known = "as published" if file.sha256 else "nobody published one to compare"
         typer.echo(f"{kept}  sha256 {sha256(kept)} ({known})")
     typer.echo(f"licence: {entry.licence}; use it with --prior {name}")
+
+
+@priors_app.command(
+    "evaluate",
+    epilog="Example: invsolve priors evaluate mr-brain-128 configs/mr-brain-128.toml "
+    "-o card.html --other configs/ct-headneck-128.toml",
+)
+def evaluate_prior(
+    name: Annotated[str, typer.Argument(help="A name, a card or a checkpoint.")],
+    config: Annotated[
+        Path, typer.Argument(help="Its training configuration (TOML): which images.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page (.html).")],
+    other: Annotated[
+        Path | None, typer.Option(help="Another prior's: images of another kind.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, help="Of each kind.")] = 16,
+    samples: Annotated[int, typer.Option(min=2, help="Unconditional ones.")] = 16,
+    seed: Seed = 0,
+) -> None:
+    """Measure a prior on images it never saw: one page, and its numbers beside it (.json).
+
+    Denoising beside total variation, samples and the training images nearest to them,
+    likelihoods, spectrum.
+    """
+    from tqdm import tqdm
+
+    from invsolve import report_card
+    from invsolve.training import TrainConfig
+
+    if out.suffix != ".html":
+        raise ValueError(f"--out is a page: {out} should end in .html")
+    _check_writable(out)
+    prior = priors.load(name)
+    home = _data_home(config)
+    card = report_card.evaluate(
+        Path(name).name.removesuffix(".json"),
+        prior,
+        TrainConfig.read(config).data,
+        home,
+        other=None if other is None else TrainConfig.read(other).data,
+        images=images,
+        samples=samples,
+        generator=Generator().manual_seed(seed),
+        progress=lambda loop: tqdm(loop, "flow", unit="step", delay=1),
+    )
+    report_card.save_card(out, card)
+    _write_json(out.with_suffix(".json"), card.numbers())
+    typer.echo(f"wrote {out} and {out.with_suffix('.json')}")
 
 
 @app.command(epilog="Example: invsolve doctor")

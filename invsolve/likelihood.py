@@ -1,13 +1,14 @@
 """How likely a prior holds an image to be, by its probability flow."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
 
 from .priors import Prior
 from .random import rademacher
-from .shapes import PerItem, X, per_item
+from .shapes import PerItem, X
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def log_likelihood(
                 trace = trace + (g * v).flatten(1).sum(1) / probes
         return (u - out).detach(), d - trace.detach()
 
-    for t, t_next in progress(list(zip(times[:-1], times[1:], strict=True))):
+    for t, t_next in progress(list(pairwise(times))):
         h = t_next - t
         du, div = slope(u, t.exp())
         du_next, div_next = slope(u + h * du, t_next.exp())

@@ -216,18 +216,15 @@ def save_page(path: Path, report: Report, *, most: int = 6) -> None:
         report: what to tell.
         most: slices that are shown; the middle one first, the others evenly spread.
     """
-    import jinja2
-
     n = len(report.results[0].image)
     first = middle(report)
     spread = torch.linspace(0, n - 1, min(n, most)).round().long().tolist()
     others = [k for k in dict.fromkeys(spread) if k != first][: most - 1]
-    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     kinds: dict[Kind, None] = dict.fromkeys(result.kind for result in report.results)
-    html = environment.from_string(template).render(
+    html = render(
+        "report.html.j2",
+        title=report.title,
+        summary=report.summary,
         report=report,
         rows=[_row(result) for result in report.results],
         best={name: _best(report, name) for name in ("psnr", "ssim")},
@@ -239,6 +236,19 @@ def save_page(path: Path, report: Report, *, most: int = 6) -> None:
         others=[(k, _embedded(report, k)) for k in others],
     )
     replace(path, lambda p: Path(p).write_text(html, encoding="utf-8"), ".html")
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of one of the templates beside this file; what is put in is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def middle(report: Report) -> int:

@@ -531,3 +531,32 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# --- priors evaluate
+
+
+@pytest.fixture
+def recipe(phantom, tmp_path, monkeypatch):
+    """A configuration that reads the phantom as training and as validation images."""
+    monkeypatch.setenv("INVSOLVE_DATA", str(phantom.parent))
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'name = "tiny"\n[data]\ntrain = "."\nval = "."\nunit = "HU"\nscale = 0.02\n'
+    )
+    return path
+
+
+def test_priors_evaluate_writes_a_page_and_its_numbers(prior, recipe, tmp_path):
+    page = tmp_path / "card.html"
+    run("priors", "evaluate", prior, recipe, "-o", page, "--images", 2, "--samples", 2)
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    assert len(numbers["denoising"]) == 6 and numbers["counts"]["held_out"] == 2
+    assert "data:image/png;base64," in page.read_text("utf-8")
+
+
+def test_priors_evaluate_refuses_what_it_cannot_use(refused, prior, recipe, tmp_path):
+    card = tmp_path / "card.html"
+    refused("priors", "evaluate", prior, tmp_path / "no.toml", "-o", card)
+    refused("priors", "evaluate", "nobody", recipe, "-o", card)
+    refused("priors", "evaluate", prior, recipe, "-o", tmp_path / "card.txt")
