@@ -1,7 +1,9 @@
 """Training a prior: denoising score matching over continuous noise levels.
 
-Minimise E ‖F(c_in x_σ; ¼ ln σ) − (x₀ − c_skip x_σ)/c_out‖² with x_σ = x₀ + σn, which is
-the loss of Karras et al. 2022 (eq. 8) with the weight 1/c_out².
+Minimise E ‖F(c_in x_σ; c_noise) − (x₀ − c_skip x_σ)/c_out‖² with x_σ = x₀ + σn, which is
+the loss of Karras et al. 2022 (eq. 8) with the weight 1/c_out². By the coefficients F
+predicts EDM's mixture, the noise, the image or a rectified flow: see
+`invsolve.priors.parameterisation.preconditioning`.
 """
 
 import csv
@@ -21,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from invsolve import io
 from invsolve.priors import AffineMap, EDMPrior, UNet, UNetConfig
+from invsolve.priors.parameterisation import Predicts, preconditioning
 from invsolve.priors.weights import card_of, sha256
 from invsolve.random import randn_like
 from invsolve.training_data import Data, Section, draw, load
@@ -43,6 +46,7 @@ class Optimisation(Section):
     decay: float = Field(default=0.3, ge=0, le=1)
     """The last part of the run, over which the learning rate falls to zero."""
     ema: float = Field(default=0.999, ge=0, lt=1)
+    predicts: Predicts = "edm"
     sigma_data: float = Field(default=0.5, gt=0)
     log_sigma_mean: float = -1.4
     log_sigma_std: float = Field(default=1.4, gt=0)
@@ -192,7 +196,7 @@ def train(
         if seen // every > before // every:
             mean = float(torch.stack(running).mean())
             running.clear()
-            prior = EDMPrior(ema.module, opt.sigma_data)
+            prior = EDMPrior(ema.module, opt.sigma_data, predicts=opt.predicts)
             history.append([seen, mean, *denoising_psnr(prior, val.to(device))])
             save(step + 1)
         if stop():
@@ -217,11 +221,10 @@ def edm_loss(
     )
     sigma = log_sigma.exp().to(x0.device).reshape(-1, 1, 1, 1)
     x = x0 + sigma * randn_like(x0, generator)
-    d = opt.sigma_data
-    total = (sigma**2 + d**2).sqrt()
-    target = (x0 - (d / total) ** 2 * x) * total / (sigma * d)
+    skip, scale, into, level = preconditioning(opt.predicts, sigma, opt.sigma_data)
+    target = (x0 - skip * x) / scale
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=opt.bf16):
-        out = net(x / total, sigma.flatten().log() / 4)
+        out = net(into * x, level.flatten())
     return (out.float() - target).square().mean()
 
 
@@ -283,6 +286,7 @@ def _export(
         network,
         sigma_data=config.optimisation.sigma_data,
         map=AffineMap(config.data.scale, config.data.offset),
+        predicts=config.optimisation.predicts,
         unit="1/mm" if config.data.unit == "HU" else config.data.unit,
         training={
             "images_seen": seen,

@@ -19,16 +19,47 @@ from .base import Prior
 Network = Callable[[Tensor, Tensor], Tensor]
 
 
+Predicts = Literal["edm", "eps", "x0", "flow"]
+"""What a network of continuous levels predicts, see `preconditioning`."""
+
+
+def preconditioning(
+    predicts: Predicts, sigma: Tensor, sigma_data: float
+) -> tuple[Tensor | float, Tensor | float, Tensor, Tensor]:
+    """(c_skip, c_out, c_in, c_noise) of D = c_skip x + c_out F(c_in x, c_noise).
+
+    With σ_d the data's standard deviation:
+
+    - ``edm``: σ_d²/(σ² + σ_d²), σσ_d/√(σ² + σ_d²), 1/√(σ² + σ_d²), ¼ ln σ (Karras et
+      al. 2022, Table 1): F is a mixture of noise and image, of unit variance;
+    - ``eps``: 1, −σ and the same c_in and c_noise: F = n̂;
+    - ``x0``: 0, 1 and the same: F = x̂₀;
+    - ``flow``: F = n̂ − x̂₀ at x_t = (1 − t)x₀ + t n, t = σ/(1 + σ), which it is told
+      (Liu et al. 2023): 1 − t, −t, 1 − t, t.
+    """
+    if predicts == "flow":
+        t = sigma / (1 + sigma)
+        return 1 - t, -t, 1 - t, t
+    total = (sigma**2 + sigma_data**2) ** 0.5
+    if predicts == "eps":
+        return 1.0, -sigma, 1 / total, sigma.log() / 4
+    if predicts == "x0":
+        return 0.0, 1.0, 1 / total, sigma.log() / 4
+    if predicts == "edm":
+        skip, out = (sigma_data / total) ** 2, sigma * sigma_data / total
+        return skip, out, 1 / total, sigma.log() / 4
+    raise ValueError(f"predicts must be edm, eps, x0 or flow, got {predicts!r}")
+
+
 @final
 class EDMPrior(Prior):
-    """D(x; σ) = c_skip x + c_out F(c_in x, ¼ ln σ), Karras et al. 2022, eq. 7.
-
-    c_skip = σ_d²/(σ² + σ_d²), c_out = σ σ_d/√(σ² + σ_d²), c_in = 1/√(σ² + σ_d²).
+    """D(x; σ) = c_skip x + c_out F(c_in x, c_noise), Karras et al. 2022, eq. 7.
 
     Args:
         net: F: (c_in x, c_noise) ↦ image, with c_noise one number for each item.
         sigma_data: σ_d, the data's standard deviation.
         sigma_min, sigma_max: the levels it was trained on.
+        predicts: what F is, by which the coefficients are chosen: `preconditioning`.
         multiple_of: what an image's height and width must be divisible by.
         channels: how many channels an image has; None if any number will do.
     """
@@ -40,18 +71,20 @@ class EDMPrior(Prior):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         *,
+        predicts: Predicts = "edm",
         multiple_of: int = 1,
         channels: int | None = None,
     ) -> None:
-        self.net, self.sigma_data = net, sigma_data
+        preconditioning(predicts, torch.ones(()), sigma_data)  # refuses what is unknown
+        self.net, self.sigma_data, self.predicts = net, sigma_data, predicts
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.multiple_of, self.channels = multiple_of, channels
 
     def denoise(self, x: X, sigma: Sigma) -> X:
-        s, d = per_item(sigma, x), self.sigma_data
-        total = (s**2 + d**2) ** 0.5
-        c_noise = (sigma.log() / 4).expand(len(x))
-        return (d / total) ** 2 * x + s * d / total * self.net(x / total, c_noise)
+        skip, out, into, noise = preconditioning(
+            self.predicts, per_item(sigma, x), self.sigma_data
+        )
+        return skip * x + out * self.net(into * x, noise.flatten().expand(len(x)))
 
     def check(self, shape: tuple[int, ...]) -> None:
         check_image(shape, self.channels, self.multiple_of)

@@ -5,8 +5,9 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import jaxtyping
 import pytest
 import torch
 from exact import (
@@ -275,7 +276,34 @@ def flow(prior: GaussianPrior) -> Prior:
     return FlowPrior(net)
 
 
-PARAMETERISATIONS = [edm, eps, eps_and_variance, v, x0, flow]
+def continuous_eps(prior: GaussianPrior) -> Prior:
+    def net(u: Tensor, c_noise: Tensor) -> Tensor:
+        sigma = (4 * c_noise).exp()
+        x = u * four((sigma**2 + 0.7**2).sqrt())
+        return (x - ideal(x, torch.ones_like(sigma), sigma, prior)) / four(sigma)
+
+    return EDMPrior(net, 0.7, predicts="eps")
+
+
+def continuous_x0(prior: GaussianPrior) -> Prior:
+    def net(u: Tensor, c_noise: Tensor) -> Tensor:
+        sigma = (4 * c_noise).exp()
+        x = u * four((sigma**2 + 0.7**2).sqrt())
+        return ideal(x, torch.ones_like(sigma), sigma, prior)
+
+    return EDMPrior(net, 0.7, predicts="x0")
+
+
+def continuous_flow(prior: GaussianPrior) -> Prior:
+    external = flow(prior)
+    assert isinstance(external, FlowPrior)
+    return EDMPrior(external.net, 0.7, predicts="flow")
+
+
+PARAMETERISATIONS = [
+    *(edm, eps, eps_and_variance, v, x0, flow),
+    *(continuous_eps, continuous_x0, continuous_flow),
+]
 
 
 @pytest.mark.parametrize("parameterise", PARAMETERISATIONS)
@@ -301,6 +329,12 @@ def test_the_level_is_the_ratio_s_over_a(
     a, s = real([level[0]]), real([level[1]])
     x_t = torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64)
     close(ideal(x_t, a, s, prior), prior.denoise(x_t / a, s / a))
+
+
+def test_an_unknown_prediction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="edm, eps, x0 or flow, got 'score'"):
+        EDMPrior(torch.mul, predicts=cast(Any, "score"))
 
 
 def test_steps_and_levels_are_inverse() -> None:
@@ -627,5 +661,5 @@ def test_every_bundled_prior_loads(name: str | None) -> None:
     if name is None:
         pytest.skip("no prior is bundled")
     prior = priors.load(name)
-    x = torch.zeros(1, 1, 32, 32)
+    x = torch.zeros(1, prior.info.channels or 1, 32, 32)
     assert prior.denoise(x, torch.tensor(prior.sigma_min)).isfinite().all()

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from invsolve import io, priors
 from invsolve.io import Image
 from invsolve.priors import Affine, EDMPrior
+from invsolve.priors.parameterisation import Predicts, preconditioning
 from invsolve.training import (
     Optimisation,
     Plan,
@@ -74,6 +75,36 @@ def test_the_ideal_network_has_the_least_loss(log_sigma: tuple[float, float]) ->
     assert within_five_errors(losses(ideal, opt), least)
     for scale in (0.9, 1.1):
         assert losses(lambda u, c, k=scale: k * ideal(u, c), opt).mean() > least * 1.002
+
+
+@pytest.mark.parametrize(
+    ("predicts", "part"),
+    [
+        ("x0", lambda s2: VARIANCE * s2 / (VARIANCE + s2)),
+        ("eps", lambda s2: VARIANCE / (VARIANCE + s2)),
+        ("flow", lambda s2: VARIANCE * (1 + s2**0.5) ** 2 / (VARIANCE + s2)),
+    ],
+)
+def test_what_is_left_of_other_predictions(
+    predicts: Predicts, part: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Cov[x₀ | x] = vσ²/(v + σ²), seen through x₀, n = (x − x₀)/σ or n − x₀."""
+    opt = OPT.model_copy(update={"predicts": predicts})
+    prior = EDMPrior(torch.mul, SIGMA_DATA, predicts=predicts)
+
+    def net(u: Tensor, c_noise: Tensor) -> Tensor:
+        told = c_noise.reshape(-1, 1, 1, 1)
+        sigma = told / (1 - told) if predicts == "flow" else (4 * told).exp()
+        skip, out, into, _ = preconditioning(predicts, sigma, prior.sigma_data)
+        x = u / into
+        D = MEAN + VARIANCE / (VARIANCE + sigma**2) * (x - MEAN)
+        return (D - skip * x) / out
+
+    z = np.linspace(-6, 6, 4001)
+    weight = np.exp(-(z**2) / 2)
+    least = float((weight * part(np.exp(2 * (-1.4 + 1.4 * z)))).sum() / weight.sum())
+    assert within_five_errors(losses(net, opt), least)
+    assert losses(lambda u, c: 1.1 * net(u, c), opt).mean() > least * 1.002
 
 
 def test_the_ideal_network_has_no_gradient() -> None:
@@ -362,6 +393,17 @@ def test_the_average_forgets_its_first_steps() -> None:
 
 
 # --- whole runs
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "flow"])
+def test_a_prior_says_what_it_predicts(
+    predicts: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    opt = config.optimisation.model_copy(update={"predicts": predicts})
+    run = config.model_copy(update={"optimisation": opt})
+    prior = priors.load(train(run, tmp_path / "run", seed=0))
+    assert isinstance(prior, Affine) and isinstance(prior.inner, EDMPrior)
+    assert prior.inner.predicts == prior.info.parameterisation == predicts
 
 
 @pytest.fixture

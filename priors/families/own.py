@@ -34,7 +34,11 @@ def load(state: State, card: Card) -> Prior:
         f"images of {config.channels} channel(s), sizes divisible by {config.multiple_of}",
     ]
     prior = EDMPrior(
-        net, *levels, multiple_of=config.multiple_of, channels=config.channels
+        net,
+        *levels,
+        predicts=card.get("predicts", "edm"),
+        multiple_of=config.multiple_of,
+        channels=config.channels,
     )
     return finished(prior, card, decisions)
 
