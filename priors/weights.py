@@ -103,6 +103,8 @@ def load(
     """
     source = _find(name_or_path, card)
     said, file = source.card, source.weights
+    if hugging_face.is_latent(file):
+        return _latent(source)
     if not file.is_file():
         raise ValueError(f"the prior's weights are missing: there is no {file}")
     try:
@@ -126,6 +128,21 @@ def load(
     tell(prior, family=family.name, **words)
     took = f"{family.name}, by {'its card' if 'family' in said else 'its weights'}"
     prior.decisions = [took, f"took {facts['took']}", *prior.decisions]
+    return prior
+
+
+def _latent(source: _Source) -> Prior:
+    """diffusers' latent models, which their own folders say all of."""
+    from .latent import load_latent
+
+    words = {k: str(said) for k, said in source.card.items() if k != "name"}
+    if unknown := sorted(words.keys() - {"unit", "licence"}):
+        raise ValueError(
+            f"the card of a latent model's folder gives unit and licence, not "
+            f"{unknown[0]!r}: invsolve.priors.latent.load_latent takes prompts and tiles"
+        )
+    prior = load_latent(source.path)
+    tell(prior, **words)
     return prior
 
 
@@ -174,6 +191,8 @@ def _find(
 def _foreign(path: Path) -> tuple[Path, dict[str, Any]] | None:
     if not path.exists() or path.suffix == ".json":
         return None
+    if hugging_face.is_latent(path):
+        return path, {}
     try:
         return hugging_face.find(path) or monai.find(path)
     except ValueError as error:
@@ -189,12 +208,15 @@ def _read_card_file(path: Path) -> dict[str, Any]:
 
 
 def _family(state: Mapping[str, Tensor], card: Mapping[str, Any]) -> Family:
-    known = [family.name for family in FAMILIES]
+    from . import latent  # which imports the families
+
+    families = (*FAMILIES, latent.FAMILY)
+    known = [family.name for family in families]
     if "family" in card and card["family"] not in known:
         raise ValueError(
             f"its family {card['family']!r} is unknown: known are {', '.join(known)}"
         )
-    for family in FAMILIES:
+    for family in families:
         if family.sniff(state, card):
             return family
     names = ", ".join(str(name)[:60] for name in list(state)[:3])

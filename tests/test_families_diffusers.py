@@ -351,7 +351,8 @@ def test_models_of_something_else_are_refused(
     edit(scheduler, beta_schedule="linear", num_train_timesteps=10**9)
     refused(tmp_path, "no noise schedule")
     (tmp_path / "vqvae").mkdir()
-    refused(tmp_path, "latent model")
+    for path in (tmp_path, tmp_path / "unet"):
+        refused(path, "latent model")
 
 
 def test_folders_that_lack_something_are_refused(
@@ -375,6 +376,7 @@ def test_folders_that_lack_something_are_refused(
         ({"layers_per_block": 10**9}, "layers a block, the weights fewer"),
         ({"block_out_channels": None}, "lacks block_out_channels"),
         ({"block_out_channels": ["8", 16]}, "lacks block_out_channels"),
+        ({"class_embed_type": "timestep"}, "conditional on a 'timestep'"),
         ({"norm_num_groups": 3}, "diffusers cannot make"),
         ({"norm_num_groups": 0}, "diffusers cannot make"),
         ({"down_block_types": ["os.system", "x"]}, "diffusers cannot make"),

@@ -33,12 +33,17 @@ WEIGHTS = (
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.bin",
 )
-LATENT = ("vae", "vqvae", "movq")
+UNETS, LATENT = ("unet_ema", "unet"), ("vae", "vqvae", "movq")
 # How attention was spelt when the first models were published.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 # --- folders
+
+
+def is_latent(path: Path) -> bool:
+    """Whether it is the folder of a latent diffusion model with an autoencoder."""
+    return all((path / n / "config.json").is_file() for n in ("vae", "unet"))
 
 
 def find(path: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -51,17 +56,20 @@ def find(path: Path) -> tuple[Path, dict[str, Any]] | None:
         ValueError: it is a folder of diffusers', but not of one image-space U-Net.
     """
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() and (folder / "model_index.json").is_file():
-        if latent := next((n for n in LATENT if (folder / n).is_dir()), None):
-            raise ValueError(
-                f"it is a latent model: it has a {latent!r} beside its U-Net"
-            )
-        names = ("unet_ema", "unet")
-        folder = next((folder / n for n in names if (folder / n).is_dir()), folder)
+    inside = (path / name for name in UNETS)
+    if path.is_dir() and not (path / "config.json").is_file():
+        folder = next((f for f in inside if (f / "config.json").is_file()), path)
     if not (folder / "config.json").is_file():
-        if path.is_dir() and (path / "model_index.json").is_file():
-            raise ValueError(f"it has no U-Net: there is no {folder / 'config.json'}")
+        if (path / "model_index.json").is_file():
+            raise ValueError(
+                f"it has no U-Net: there is no {path / 'unet/config.json'}"
+            )
         return None
+    whole = folder.parent if folder.name in UNETS else folder
+    if latent := next((n for n in LATENT if (whole / n).is_dir()), None):
+        raise ValueError(
+            f"it is of a latent model: beside its U-Net there is a {latent!r}"
+        )
     config = read_json(folder / "config.json")
     if "_class_name" not in config:
         return None
@@ -158,6 +166,10 @@ def _arguments(
     numbers = (*widths, layers) if isinstance(widths, list | tuple) else ()
     if not widths or not all(type(n) is int and n > 0 for n in numbers):
         raise ValueError("its config lacks block_out_channels, or they are no numbers")
+    if given.get("class_embed_type") is not None:
+        raise ValueError(
+            f"the network is conditional on a {given['class_embed_type']!r}, no prior"
+        )
     if layers * len(widths) > len(state):  # or making it would not end
         raise ValueError(f"its config has {layers} layers a block, the weights fewer")
     shown = ", ".join(map(str, widths))
@@ -212,9 +224,8 @@ def _prior(
     if kind.startswith("EDM"):
         if told not in ("epsilon", "v_prediction"):
             raise ValueError(f"{kind}'s prediction_type {told!r} is unknown")
-        net = (
-            Negative(net) if told == "v_prediction" else net
-        )  # c_out of the other sign
+        if told == "v_prediction":  # c_out has the other sign
+            net = Negative(net)
         low, high = scheduler.get("sigma_min", 0.002), scheduler.get("sigma_max", 80.0)
         decisions.append(f"{kind}: EDM's preconditioning of {told}")
         data = float(scheduler.get("sigma_data", 0.5))

@@ -45,6 +45,8 @@ def find(path: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         ValueError: the bundle is not of one image-space diffusion U-Net.
     """
+    if path.is_file() and path.parent.name != "models":
+        return None
     folder = path if path.is_dir() else path.parent.parent
     file = next((p for n in CONFIGS if (p := folder / "configs" / n).is_file()), None)
     if file is None:
