@@ -27,9 +27,11 @@ class Discrepancy:
     def __init__(self, problem: InverseProblem, like: X, tau: float | None) -> None:
         if tau is not None and not tau > 0:
             raise ValueError(f"discrepancy must be > 0, got {tau}")
-        self.problem, self.tau = problem.without_hidden(like), tau
+        self.tau = tau
         self.stopped = torch.zeros(len(like), dtype=torch.bool, device=like.device)
-        self.numbers = _numbers(problem, like)
+        if tau is not None:  # else no application of the operator is spent
+            self.problem = problem.without_hidden(like)
+            self.numbers = _numbers(problem, like)
 
     def keep(self, x: X, new: X) -> X:
         """The new images, but those of items that stopped before; and who stops now."""
