@@ -147,6 +147,8 @@ EXTRAS = {
     "skimage": "io",
     "jinja2": "report",
     "matplotlib": "report",
+    "monai": "monai",
+    "pooch": "hub",
 }
 """Which extra brings a module that may be missing."""
 
@@ -172,7 +174,7 @@ Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")
 ]
 PriorName = Annotated[
-    str, typer.Option("--prior", help="A bundled name, or the path of a card (.json).")
+    str, typer.Option("--prior", help="A name, or the path of a card, file or folder.")
 ]
 UnitName = Annotated[
     str | None,
