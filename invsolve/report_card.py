@@ -330,7 +330,7 @@ def sheet(x: Images, like: Images, columns: int = 8) -> str:
     rows = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
     array = rows.flatten(2, 3).flatten(0, 1).expand(-1, -1, 3).numpy()
     buffer = BytesIO()
-    image.imsave(buffer, array, format="png", metadata={"Software": None})
+    image.imsave(buffer, array, format="png")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

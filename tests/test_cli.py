@@ -521,6 +521,7 @@ def test_the_names_are_the_documented_ones():
     assert set(SAMPLERS) == {
         *("reddiff", "dds", "diffpir", "dps", "tmpd", "pigdm", "mmps", "ddnm", "daps"),
         *("ddrm", "score_sde", "pnp", "red"),
+        *("stsl", "psld", "ldps", "resample"),
         *("tv", "sirt", "cgls", "fbp"),
     }
     assert set(OPERATORS) == {"ct", "fan", "inpaint", "blur", "superres", "mri"}

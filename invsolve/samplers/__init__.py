@@ -9,11 +9,15 @@ from .ddrm import ddrm as ddrm
 from .dds import dds as dds
 from .diffpir import diffpir as diffpir
 from .dps import dps as dps
+from .ldps import ldps as ldps
 from .mmps import mmps as mmps
 from .pigdm import pigdm as pigdm
 from .pnp import pnp as pnp
+from .psld import psld as psld
 from .red import red as red
 from .reddiff import reddiff as reddiff
+from .resample import resample as resample
 from .score_sde import score_sde as score_sde
+from .stsl import stsl as stsl
 from .tmpd import tmpd as tmpd
 from .unconditional import unconditional as unconditional
