@@ -17,7 +17,7 @@ def dot(a: X, b: X) -> PerItem:
 def cg(
     apply: Callable[[Tensor], Tensor],
     b: X,
-    x: X,
+    x: X | None,
     *,
     max_steps: int,
     rtol: float,
@@ -30,13 +30,14 @@ def cg(
     Args:
         apply: x ↦ M x, with M Hermitian and positive semi-definite.
         b: the right-hand side.
-        x: where to start.
-        max_steps: at most so many applications of M after the first.
+        x: where to start; None for zero, which spares the first application of M.
+        max_steps: at most so many applications of M beside that for the first residual.
         rtol: stop when ‖b − M x‖ ≤ rtol ‖b‖ for every item; what lies below the
             rounding of b counts as nothing.
     """
     eps = torch.finfo(b.dtype).eps
-    r = b - apply(x)
+    r = b if x is None else b - apply(x)
+    x = torch.zeros_like(b) if x is None else x
     p, rr = r, dot(r, r)
     enough = max(rtol, 4 * eps) ** 2 * dot(b, b)
     for _ in range(max_steps):

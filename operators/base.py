@@ -149,7 +149,7 @@ class LinearOperator(Operator):
         if self.is_unitary:
             return b
         max_steps = self._steps(max_steps)
-        return cg(self.normal, b, torch.zeros_like(b), max_steps=max_steps, rtol=rtol)
+        return cg(self.normal, b, None, max_steps=max_steps, rtol=rtol)
 
     def prox(
         self,

@@ -63,6 +63,23 @@ class TestConjugateGradients:
         two = cg(times(M), b, zero, max_steps=2, rtol=0.0)
         assert float((two - exact).norm() / exact.norm()) > 1e-3
 
+    def test_from_zero_no_application_is_spent_on_the_residual(
+        self, dtype: torch.dtype, generator: Generator
+    ) -> None:
+        M = hermitian(torch.linspace(1, 50, N).double(), generator, dtype)
+        b = randn(3, N, g=generator, dtype=dtype)
+        calls = []
+
+        def counted(x: Tensor) -> Tensor:
+            calls.append(x)
+            return times(M)(x)
+
+        none = cg(counted, b, None, max_steps=4, rtol=0.0)
+        assert len(calls) == 4
+        zero = cg(counted, b, torch.zeros_like(b), max_steps=4, rtol=0.0)
+        assert len(calls) == 9
+        assert_close(none, zero, rtol=0, atol=0)
+
     def test_more_steps_than_needed_do_no_harm(
         self, dtype: torch.dtype, generator: Generator
     ) -> None:

@@ -235,6 +235,10 @@ def test_costs_of_dps_and_reddiff_are_exact(generator: Generator) -> None:
         assert stats.network_backwards == 0
         assert stats.operator_applies == stats.operator_adjoints == images * STEPS
         assert stats.closed_forms == images  # A⁺y, where it starts
+        # A product with J for the step of conjugate gradients, and one for the guidance.
+        stats = run(samplers.mmps, steps=STEPS, cg_steps=1).stats
+        assert stats.network_forwards == images * STEPS
+        assert stats.network_backwards == 2 * images * STEPS
 
 
 @final

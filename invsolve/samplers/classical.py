@@ -198,7 +198,7 @@ def tv(
     """
     A, y = problem.whitened()
     b = A.adjoint(y)
-    x = cg(A.normal, b, torch.zeros_like(b), max_steps=cg_steps, rtol=0.0)
+    x = cg(A.normal, b, None, max_steps=cg_steps, rtol=0.0)
     # The threshold λ/ρ is a tenth of the image's own spread: neither so small that z
     # hardly moves nor so large that it forgets the edges.
     spread = x.flatten(1).std(1).clamp_min(torch.finfo(x.dtype).tiny)

@@ -72,7 +72,7 @@ def mmps(
         u = cg(
             covariance,
             residual,
-            torch.zeros_like(residual),
+            None,
             max_steps=cg_steps,
             rtol=rtol,
         )

@@ -75,7 +75,7 @@ def tmpd(
         u = cg(
             lambda u: AR.normal(u) + u,
             b,
-            torch.zeros_like(b),
+            None,
             max_steps=cg_steps,
             rtol=rtol,
         )
