@@ -29,7 +29,7 @@ LEVELS = (0.1, 0.4, 1.6)
 """The noise levels, of latents with variance 1, at which training reports denoising."""
 
 Stop = Callable[[], bool]
-Log = Callable[[nn.Module], list[float]]
+Log = Callable[[Any], list[float]]
 
 
 class LatentConfig(TrainConfig):
@@ -83,7 +83,7 @@ def train_latent(
             f"{network.channels}: set network.channels = {coding.latent_channels}"
         )
 
-    def reconstruction(net: nn.Module, generator: Generator) -> Tensor:
+    def reconstruction(net: Any, generator: Generator) -> Tensor:
         x = draw(images, config.data, config.encoding.batch, 0, generator).to(device)
         return autoencoder_loss(net, x, config.kl, config.encoding.bf16, generator)
 
@@ -183,7 +183,7 @@ def _latents(net: KLAutoencoder, images: Tensor, cache: Path, device: Any) -> Te
 def _fit(
     make: Callable[[], nn.Module],
     opt: Optimisation,
-    loss: Callable[[nn.Module, Generator], Tensor],
+    loss: Callable[[Any, Generator], Tensor],
     log: Log,
     stem: Path,
     names: tuple[str, ...],
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_args()
-    config = LatentConfig.read(arguments.config)
+    config: Any = LatentConfig.read(arguments.config)
     folders = {k: arguments.data / getattr(config.data, k) for k in ("train", "val")}
     config = config.model_copy(update={"data": config.data.model_copy(update=folders)})
     until = time.monotonic() + 60 * arguments.minutes

@@ -311,13 +311,16 @@ class AutoencoderConfig:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         n, folded = len(self.widths), self.channels * self.patch**2
+        blocks: dict[str, Any] = {  # diffusers' own annotations know of one block only
+            "block_out_channels": self.widths,
+            "down_block_types": ("DownEncoderBlock2D",) * n,
+            "up_block_types": ("UpDecoderBlock2D",) * n,
+        }
         vae = AutoencoderKL(
+            **blocks,
             in_channels=folded,
             out_channels=folded,
             latent_channels=self.latent_channels,
-            block_out_channels=self.widths,
-            down_block_types=("DownEncoderBlock2D",) * n,
-            up_block_types=("UpDecoderBlock2D",) * n,
             layers_per_block=self.layers,
             norm_num_groups=self.groups,
             mid_block_add_attention=False,

@@ -168,7 +168,7 @@ class Convolutions(Autoencoder):
     def __init__(self) -> None:
         super().__init__()
         self.channels, self.latent_channels, self.factor = 1, 2, 2
-        double = {"dtype": torch.float64}
+        double: Any = {"dtype": torch.float64}
         self.into = nn.Sequential(
             nn.Conv2d(1, 2, 4, 2, 1, **double), nn.Conv2d(2, 2, 5, 1, 2, **double)
         )
@@ -273,18 +273,16 @@ def folder_of(
     unet: dict[str, Any] | None = None,
 ) -> tuple[Any, Any, Any]:
     """A tiny latent diffusion model, as diffusers saves it, and its parts."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        UNet2DConditionModel,
-        UNet2DModel,
-    )
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    blocks: dict[str, Any] = {"block_out_channels": (8, 16), "norm_num_groups": 4}
     code = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
         **{"scaling_factor": 0.18215, **blocks, **(vae or {})},
     )
     shared = {"in_channels": 3, "out_channels": 3, **blocks}
@@ -658,7 +656,11 @@ def test_refusals() -> None:
     blind = LatentPrior(rotated(PIXELS), Rotation(decoder_only=True))
     for sampler, more in ((psld, {}), (stsl, {}), (resample, {"every": 1})):
         says("no encoder", sampler, given, blind, steps=2, **more)
-    for sampler, more in ((ldps, {}), (stsl, {"init": "gaussian"})):
+    without: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
+        (ldps, {}),
+        (stsl, {"init": "gaussian"}),
+    ]
+    for sampler, more in without:
         iv.solve(given, blind, sampler, generator=Generator(), steps=2, **more)
     says("denoises latents of 4 channels, not images", dps, given, LATENT, steps=2)
     odd = InverseProblem(

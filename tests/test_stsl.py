@@ -22,9 +22,17 @@ from invsolve import InverseProblem
 from invsolve.operators import GaussianNoise, Mask, PhaseRetrieval
 from invsolve.priors import GaussianPrior
 from invsolve.samplers.jacobian import denoise_with_vjp
-from invsolve.samplers.stsl import begin, laplacian_estimate, shorter, stsl, trace_grad
+from invsolve.samplers.latents import Pixels
+from invsolve.samplers.stsl import (
+    Trace,
+    begin,
+    laplacian_estimate,
+    shorter,
+    stsl,
+    trace_grad,
+)
 
-TRACES = ["paper", "scaled", "bound"]
+TRACES: list[Trace] = ["paper", "scaled", "bound"]
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
@@ -86,7 +94,9 @@ def test_the_covariance_is_in_the_score_s_jacobian(generator: Generator) -> None
         means = torch.stack([part.mean for part in law.components])
         mean = law.weights @ means
         parts = zip(law.weights, law.components, means - mean, strict=True)
-        cov = sum(w * (part.cov + torch.outer(d, d)) for w, part, d in parts)
+        cov = torch.stack(
+            [w * (part.cov + torch.outer(d, d)) for w, part, d in parts]
+        ).sum(0)
         close(cov, sigma**2 * (eye + sigma**2 * H))
 
 
@@ -124,19 +134,20 @@ def test_its_gradient_is_autodiff_s_and_that_of_finite_differences(
 
 
 @pytest.mark.parametrize("trace", TRACES)
-def test_the_trace_of_a_gaussian_prior_has_no_gradient(trace: str) -> None:
+def test_the_trace_of_a_gaussian_prior_has_no_gradient(trace: Trace) -> None:
     """Exactly: the result is the same to the last bit, and the same draws were made."""
     prior = image_prior(Generator().manual_seed(1))
     A = Mask(torch.rand(1, 4, 4, generator=Generator().manual_seed(3)).round().double())
     y = A(prior.sample(2, generator=Generator().manual_seed(4)))
     given = InverseProblem(y, A, GaussianNoise(0.1))
-    options = {"steps": 5, "averages": 3, "lam": 0.1, "inversion": "ddim"}
+    options: Any = {"steps": 5, "averages": 3, "lam": 0.1, "inversion": "ddim"}
+    traces: tuple[Trace, ...] = (trace, "off")
     on = stsl(given, prior, trace=trace, **options, generator=Generator())
     off = stsl(given, prior, trace="off", **options, generator=Generator())
     assert torch.equal(on, off)
     mixed = [
         stsl(MIXTURE_PROBLEM, MIXTURE, trace=t, **options, generator=Generator())
-        for t in (trace, "off")
+        for t in traces
     ]
     assert float((mixed[0] - mixed[1]).abs().max()) > 1e-5
 
@@ -227,7 +238,7 @@ def test_beginnings(generator: Generator) -> None:
     m = real([[2.0, 0.0], [0.0, 1.0]])
     given = InverseProblem(real([[2.0, 3.0]]), Matrix(m), GaussianNoise(0.1))
     sigmas = real([5.0, 1.0, 1e-3])
-    images = iv.samplers.latents.Pixels()
+    images = Pixels()
 
     def start(init: Any, inversion: Any = "noise") -> Tensor:
         g = Generator().manual_seed(7)
@@ -291,7 +302,8 @@ def test_it_needs_a_linear_operator_only_to_begin(generator: Generator) -> None:
     prior = image_prior(generator)
     y = torch.ones(1, 1, 8, 8, dtype=torch.float64)
     given = InverseProblem(y, PhaseRetrieval((4, 4)), GaussianNoise(0.1))
-    for more in ({}, {"init": "pinv"}, {"init": "gaussian", "trace": "bound"}):
+    ways: list[Any] = [{}, {"init": "pinv"}, {"init": "gaussian", "trace": "bound"}]
+    for more in ways:
         with pytest.raises(ValueError, match="needs a linear operator"):
             stsl(given, prior, steps=2, **more, generator=generator)
     x = stsl(given, prior, steps=2, lam=0.1, init="gaussian", generator=generator)
