@@ -2,15 +2,89 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
 from .io.files import replace
+from .random import Randomness
+
+State = dict[str, Tensor]
+"""What a sampler carries from one step to the next, by name."""
+
+
+Keep = Callable[[State, Randomness, Sequence[Any]], Iterable[Any]]
+"""What a sampler's loop goes over, so that it can be cut between two steps.
+
+``for step in progress(keep(state, generator, steps))`` gives the steps that are left,
+after putting into ``state`` and ``generator`` what they were there. The loop leaves in
+``state`` all that its next step needs.
+"""
+
+
+def straight(
+    state: State, generator: Randomness, steps: Sequence[Any]
+) -> Iterable[Any]:
+    """Every step, and nothing is kept."""
+    return steps
+
+
+@final
+class Keeper:
+    """Keeps a sampler's state every so many steps, and goes on from one that was kept.
+
+    Args:
+        every: how many steps.
+        write: takes what is to be kept, by which the sampler goes on.
+        kept: what was kept of the same images, or None to begin.
+    """
+
+    def __init__(
+        self, every: int, write: Callable[[Mapping[str, Any]], None], kept: Any = None
+    ) -> None:
+        self.every, self.write, self.kept = every, write, kept
+
+    def __call__(
+        self, state: State, generator: Randomness, steps: Sequence[Any]
+    ) -> Iterable[Any]:
+        streams = [generator] if isinstance(generator, Generator) else list(generator)
+        done = 0
+        if self.kept is not None:
+            done = self.kept["step"]
+            for name, value in self.kept["state"].items():
+                state[name] = value.to(state[name].device)
+            for stream, was in zip(streams, self.kept["streams"], strict=True):
+                stream.set_state(was)
+            self.kept = None
+
+        def keep(step: int) -> None:
+            if step % self.every == 0 and step < len(steps):
+                now = {"state": state, "streams": [g.get_state() for g in streams]}
+                self.write({"step": step, **now})
+
+        return _Left(steps, done, keep)
+
+
+@final
+class _Left:
+    """The steps from one on; after each of them its number is told."""
+
+    def __init__(
+        self, steps: Sequence[Any], done: int, told: Callable[[int], None]
+    ) -> None:
+        self.steps, self.done, self.told = steps, done, told
+
+    def __len__(self) -> int:
+        return len(self.steps) - self.done
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, step in enumerate(self.steps[self.done :], self.done + 1):
+            yield step
+            self.told(number)
 
 
 def fingerprint(*values: object) -> str:

@@ -1,8 +1,9 @@
 """From a problem, a prior and a sampler to a solution."""
 
 import functools
+import inspect
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from . import checkpoint as checkpoints
-from .checkpoint import fingerprint
+from .checkpoint import Keeper, fingerprint
 from .counting import CountedPrior, Tally, counted, peak_memory
 from .priors import AffineMap, Prior
 from .problem import InverseProblem
@@ -110,6 +111,7 @@ def solve(
     compile: bool = False,
     record: int | None = None,
     checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
     progress: Callable[[Iterable], Iterable] | None = None,
     **options: Any,
 ) -> Solution:
@@ -126,7 +128,7 @@ def solve(
         samples: how many for each item.
         generator: where every random number comes from.
         chunk: how many images go through the network at once. Unless given: 16 on a
-            CPU, all on a GPU; halved whenever memory runs out.
+            CPU, all on a GPU, and volumes one by one; halved whenever memory runs out.
         device: where to compute; where the measurements are unless given.
         precision: ``bf16`` runs the network in bfloat16 where that is safe. The state,
             the operator and the data's steps stay as they are.
@@ -135,6 +137,8 @@ def solve(
             item, as ``trajectory``.
         checkpoint: a file in which what is done is kept, chunk by chunk. The same call
             goes on from it, whatever stopped the last, and gives the same result.
+        checkpoint_every: keep the sampler's own state too, each so many steps, where it
+            takes a ``keep`` (those of volumes do): a cut then costs no more than these.
         progress: wraps the sampler's loop, as ``tqdm`` does.
         **options: the sampler's own; a misspelt one is a TypeError. An image as
             ``init`` is in the image's own unit, one for each item.
@@ -146,7 +150,8 @@ def solve(
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    for name, value in (("chunk", chunk), ("record", record)):
+    counts = {"chunk": chunk, "record": record, "checkpoint_every": checkpoint_every}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     device = torch.device(device) if device is not None else problem.y.device
@@ -160,10 +165,13 @@ def solve(
             f"init has {len(init)} images for {len(problem.y)} measurements: give one "
             "for each"
         )
+    volumes = False
     if prior is not None:
         given = isinstance(init, Tensor)
         like = init if given else local.operator.image_like(local.y[:1])
         prior.check(tuple(like.shape[1:]))
+        volumes = like.ndim == 5
+        del like  # which would be one volume more until the end
     map, inner, recorder = AffineMap(1.0, 0.0), None, None
     if prior is not None:
         inner, map = prior.to(device).normalised
@@ -176,9 +184,10 @@ def solve(
 
     items = torch.arange(len(problem.y)).repeat(samples)
     streams = spawn(generator, len(items))
-    size = chunk or (len(items) if device.type == "cuda" else min(16, len(items)))
+    most = 1 if volumes else len(items) if device.type == "cuda" else 16
+    size = chunk or min(most, len(items))
     done: list[Tensor] = []
-    at, spent, run = 0, 0.0, ""
+    at, spent, run, within = 0, 0.0, "", None
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None:
         if recorder is not None:
@@ -186,13 +195,28 @@ def solve(
         run = fingerprint(problem, prior, _plain(sampler), options, precision, streams)
         saved = checkpoints.load(file, run)
         if saved is not None:
-            done, at, spent = [saved["done"]], len(saved["done"]), saved["seconds"]
+            at, spent = len(saved["done"]), saved["seconds"]
+            done = [saved["done"]] if at else []
             tally.__dict__.update(saved["tally"])
+            within = saved.get("within")
+
+    def keep(file: Path, within: Mapping[str, Any] | None = None) -> None:
+        seconds = spent + time.perf_counter() - clock
+        ready = torch.cat(done).cpu() if done else torch.empty(0)
+        now = {"done": ready, "tally": vars(tally), "seconds": seconds}
+        checkpoints.save(file, run, {**now, "within": within})
+
     while at < len(items):
         now = slice(at, at + size)
         states = [g.get_state() for g in streams[now]]
         if isinstance(init, Tensor):
             options["init"] = map.inverse(init[items[now].to(init.device)].to(device))
+        own: dict[str, Any] = {}
+        if file is not None and "keep" in inspect.signature(sampler).parameters:
+            same = within is not None and len(within["streams"]) == len(streams[now])
+            write = functools.partial(keep, file)
+            own["keep"] = Keeper(checkpoint_every, write, within if same else None)
+        within = None
         if recorder is not None:
             recorder.begin(max(0, min(size, len(problem.y) - at)))
         try:
@@ -201,6 +225,7 @@ def solve(
                 inner,
                 generator=streams[now],
                 progress=progress or iter,
+                **own,
                 **options,
             )
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -215,9 +240,7 @@ def solve(
         done.append(map(u).to(problem.y.device))
         at += len(u)
         if file is not None:
-            seconds = spent + time.perf_counter() - clock
-            now_done = {"done": torch.cat(done).cpu(), "tally": vars(tally)}
-            checkpoints.save(file, run, {**now_done, "seconds": seconds})
+            keep(file)
     result = torch.cat(done).to(problem.y.device)
     name, kind = _name_and_kind(sampler)
     if not result.isfinite().all():

@@ -73,3 +73,4 @@ from .resample import (
 )
 from .sensing import CompressedSensing as CompressedSensing
 from .stack import OnChannels as OnChannels, Stack as Stack, on_channels as on_channels
+from .volume import SliceWise as SliceWise

@@ -7,9 +7,11 @@ from .daps import daps as daps
 from .ddnm import ddnm as ddnm
 from .ddrm import ddrm as ddrm
 from .dds import dds as dds
+from .dds3d import dds3d as dds3d
 from .diffpir import diffpir as diffpir
 from .dps import dps as dps
 from .ldps import ldps as ldps
+from .mbir import mbir as mbir
 from .mmps import mmps as mmps
 from .pigdm import pigdm as pigdm
 from .pnp import pnp as pnp

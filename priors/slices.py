@@ -1,0 +1,157 @@
+"""Volumes by priors of slices: what lets every sampler see one more dimension.
+
+A volume is (batch, channels, d, h, w), d slices of (h, w). Each slice goes through the
+network alone, so that neighbours agree only as far as the data make them: what couples
+them is `TwoPlanes`, or the data step of `invsolve.samplers.dds3d` and ``mbir``.
+"""
+
+import copy
+import math
+from typing import final
+
+import torch
+from torch import Tensor
+
+from invsolve.shapes import Sigma, X
+
+from .base import AffineMap, Prior
+from .info import Info
+
+AXES = ("d", "h", "w")
+
+
+@final
+class Slices(Prior):
+    """D(x; σ)_k = D₂(x_k; σ), with x_k the slices of a volume across one axis.
+
+    Args:
+        inner: the prior of slices, (channels, a, b).
+        axis: which of (d, h, w) is cut across: 0 gives slices (h, w), 1 (d, w) and
+            2 (d, h); axial, coronal and sagittal ones where d runs along the body.
+        chunk: how many slices go through the network at once. The memory that the
+            network takes depends on it and not on the volume.
+        device: where the network computes; with the volume unless given. Volumes too
+            large for a GPU stay on the host, and their slices come and go.
+    """
+
+    def __init__(
+        self,
+        inner: Prior,
+        axis: int = 0,
+        chunk: int = 16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if axis not in (0, 1, 2):
+            raise ValueError(f"axis is 0, 1 or 2 of a volume's (d, h, w), got {axis}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        self.device = None if device is None else torch.device(device)
+        self.inner = inner if self.device is None else inner.to(self.device)
+        self.axis, self.chunk = axis, chunk
+        self.sigma_min, self.sigma_max = inner.sigma_min, inner.sigma_max
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        cut = 2 + self.axis
+        levels = sigma.expand(len(x)).repeat_interleave(x.shape[cut])
+        flat = x.movedim(cut, 1).flatten(0, 1)  # a view for one volume cut across d
+        out = torch.empty_like(flat)
+        for at in range(0, len(flat), self.chunk):
+            now = slice(at, at + self.chunk)
+            out[now] = self._through(flat[now], levels[now]).to(x.device)
+        return out.unflatten(0, (len(x), -1)).movedim(1, cut)
+
+    def _through(self, slices: Tensor, sigma: Tensor) -> Tensor:
+        if self.device is None:
+            return self.inner.denoise(slices, sigma)
+        return self.inner.denoise(slices.to(self.device), sigma.to(self.device))
+
+    @property
+    def info(self) -> Info:
+        return self.inner.info
+
+    @property
+    def normalised(self) -> tuple[Prior, AffineMap]:
+        inner, map = self.inner.normalised
+        return Slices(inner, self.axis, self.chunk, self.device), map
+
+    def to(self, device: torch.device) -> Prior:
+        return self if self.device is not None else super().to(device)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 4:
+            raise ValueError(
+                f"Slices is a prior of volumes (channels, d, h, w), got images of "
+                f"{tuple(shape)}: give the prior of slices itself"
+            )
+        channels, *space = shape
+        del space[self.axis]
+        try:
+            self.inner.check((channels, *space))
+        except ValueError as error:
+            raise ValueError(f"slices across {AXES[self.axis]}: {error}") from error
+
+
+@final
+class TwoPlanes(Prior):
+    """p(x) ∝ p₁(x)^(1−β) p₂(x)^β, of priors of slices in two perpendicular planes.
+
+    Its score is (1−β) s₁ + β s₂, and so D = (1−β) D₁ + β D₂: two passes. With ``drawn``
+    each noise level asks one of the two only, the second with probability β, as Lee et
+    al. do with a non-integer K = 1/β ("Improving 3D Imaging with Pre-Trained
+    Perpendicular 2D Diffusion Models", ICCV 2023): one pass. Which it is follows from σ
+    alone, so that a solve that was cut goes on as it would have.
+
+    Args:
+        first, second: priors of volumes in one unit, such as `Slices` across two axes.
+        share: β.
+        drawn: ask one of the two at each level.
+    """
+
+    def __init__(
+        self, first: Prior, second: Prior, share: float = 0.5, *, drawn: bool = False
+    ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share must lie between 0 and 1, got {share}")
+        one, other = first.normalised[1], second.normalised[1]
+        if not (
+            math.isclose(one.scale, other.scale, rel_tol=1e-6)
+            and math.isclose(one.offset, other.offset, abs_tol=1e-6 * one.scale)
+        ):
+            raise ValueError(
+                f"the two priors are of different ranges ({one} and {other}): give "
+                "priors of one unit and range"
+            )
+        self.first, self.second = first, second
+        self.share, self.drawn = share, drawn
+        self.sigma_min = max(first.sigma_min, second.sigma_min)
+        self.sigma_max = min(first.sigma_max, second.sigma_max)
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        if not self.drawn:
+            D1, D2 = self.first.denoise(x, sigma), self.second.denoise(x, sigma)
+            return D1.lerp(D2, self.share)
+        if sigma.ndim:
+            items = zip(x.split(1), sigma, strict=True)
+            return torch.cat([self.denoise(item, level) for item, level in items])
+        # Digits of ln σ that no schedule arranges: as good as drawn, and known again.
+        uniform = 1e4 * abs(math.log(float(sigma))) % 1
+        chosen = self.second if uniform < self.share else self.first
+        return chosen.denoise(x, sigma)
+
+    @property
+    def info(self) -> Info:
+        return self.first.info
+
+    @property
+    def normalised(self) -> tuple[Prior, AffineMap]:
+        made = copy.copy(self)
+        made.first, map = self.first.normalised
+        made.second, _ = self.second.normalised
+        made.sigma_min, made.sigma_max = (
+            level / map.scale for level in (self.sigma_min, self.sigma_max)
+        )
+        return made, map
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        self.first.check(shape)
+        self.second.check(shape)

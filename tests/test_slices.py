@@ -1,0 +1,325 @@
+"""Priors and operators of slices on volumes."""
+
+from collections.abc import Callable
+from typing import Any, final
+
+import pytest
+import torch
+from exact import PRIOR
+from torch import Generator, Tensor
+from torch.testing import assert_close
+
+from invsolve import InverseProblem, samplers, solve
+from invsolve.operators import (
+    Blur,
+    ConeBeam,
+    GaussianNoise,
+    LinearOperator,
+    Mask,
+    MultiCoil,
+    ParallelBeam,
+    RealImage,
+    SliceWise,
+    dottest,
+    simulated_maps,
+)
+from invsolve.priors import (
+    Affine,
+    AffineMap,
+    EDMPrior,
+    GaussianPrior,
+    Prior,
+    Slices,
+    TwoPlanes,
+)
+from invsolve.shapes import Sigma, X
+
+D, H, W = 5, 4, 6
+SIGMA = torch.tensor(0.7, dtype=torch.float64)
+CUT = {0: (H, W), 1: (D, W), 2: (D, H)}
+"""The sizes of the slices across each axis."""
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def field(a: int, b: int, seed: int = 0) -> GaussianPrior:
+    """A prior of slices (1, a, b) whose pixels are correlated."""
+    g = seeded(seed)
+    factor = torch.randn(a * b, 3, generator=g, dtype=torch.float64) / 2
+    mean = torch.randn(1, a, b, generator=g, dtype=torch.float64)
+    cov = torch.eye(a * b).double() / 2 + factor @ factor.T
+    return GaussianPrior(mean, cov, 0.01, 20.0)
+
+
+def volume(batch: int = 2, seed: int = 3) -> Tensor:
+    shape = (batch, 1, D, H, W)
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+# --- the prior
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("each", [False, True])
+def test_every_slice_is_denoised_alone(axis: int, each: bool) -> None:
+    prior, x = field(*CUT[axis]), volume()
+    sigma = torch.tensor([0.3, 2.0]).double() if each else SIGMA
+    made = Slices(prior, axis).denoise(x, sigma)
+    assert made.shape == x.shape
+    for i in range(2):
+        for k in range(x.shape[2 + axis]):
+            slice = x[i].select(1 + axis, k)[None]
+            expected = prior.denoise(slice, sigma[i] if each else sigma)
+            assert_close(made[i].select(1 + axis, k)[None], expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_nothing_depends_on_the_chunk(axis: int, chunk: int) -> None:
+    prior, x = field(*CUT[axis]), volume()
+    whole = Slices(prior, axis).denoise(x, SIGMA)
+    parts = Slices(prior, axis, chunk).denoise(x, SIGMA)
+    assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_no_more_slices_than_a_chunk_are_seen() -> None:
+    seen = Seeing()
+    Slices(seen, 1, chunk=3).denoise(volume(), SIGMA)
+    assert seen.batches == [3, 3, 2]
+
+
+@final
+class Seeing(Prior):
+    """Notes how many images it is given at once."""
+
+    sigma_min, sigma_max = 0.01, 20.0
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        self.batches.append(len(x))
+        return x / 2
+
+
+def test_a_gradient_goes_through() -> None:
+    prior, x = Slices(field(H, W), 0, 2), volume(1)
+    made = torch.func.vjp(lambda x: prior.denoise(x, SIGMA), x)[1](x)[0]
+    x.requires_grad_()
+    [expected] = torch.autograd.grad((prior.denoise(x, SIGMA) * x.detach()).sum(), x)
+    one = prior.inner.denoise(x[0].detach().movedim(0, 1), SIGMA)
+    zero = prior.inner.denoise(torch.zeros_like(one), SIGMA)
+    # D is affine with a symmetric matrix, so that its pull-back of x is D(x) − D(0).
+    assert_close(expected[0].movedim(0, 1), one - zero)
+    assert_close(made, expected)
+
+
+def test_units_are_the_inner_prior_s() -> None:
+    map = AffineMap(0.02, 0.1)
+    prior = Slices(Affine(field(H, W), map), 0, 3)
+    inner, found = prior.normalised
+    x = volume()
+    assert found == map
+    assert isinstance(inner, Slices) and inner.chunk == 3
+    assert prior.sigma_max == pytest.approx(0.02 * inner.sigma_max)
+    assert_close(prior.denoise(map(x), 0.02 * SIGMA), map(inner.denoise(x, SIGMA)))
+
+
+def test_a_network_may_lie_elsewhere() -> None:
+    net = torch.nn.Conv2d(1, 1, 1)
+    meta = torch.device("meta")
+    here = Slices(EDMPrior(lambda x, c: net(x), 0.5))
+    assert here.to(meta) is not here
+    placed = Slices(EDMPrior(net, 0.5), device="cpu").to(meta)
+    assert isinstance(placed, Slices) and isinstance(placed.inner, EDMPrior)
+    moved = Slices(EDMPrior(net, 0.5)).to(meta)
+    assert isinstance(moved, Slices) and isinstance(moved.inner, EDMPrior)
+    kept, gone = placed.inner.net, moved.inner.net
+    assert isinstance(kept, torch.nn.Conv2d) and kept.weight.device.type == "cpu"
+    assert isinstance(gone, torch.nn.Conv2d) and gone.weight.device == meta
+
+
+def test_what_is_no_volume_is_refused() -> None:
+    prior = Slices(EDMPrior(lambda x, c: x, 0.5, multiple_of=2, channels=1))
+    prior.check((1, 5, 4, 6))  # the depth need not be divisible
+    with pytest.raises(ValueError, match="prior of volumes"):
+        prior.check((1, 4, 6))
+    with pytest.raises(ValueError, match=r"slices across d: .*divisible by 2, got 3×6"):
+        prior.check((1, 4, 3, 6))
+    with pytest.raises(ValueError, match=r"slices across h: .*divisible by 2, got 5×6"):
+        Slices(prior.inner, 1).check((1, 5, 4, 6))
+    with pytest.raises(ValueError, match="1 channel"):
+        prior.check((2, 4, 4, 6))
+    with pytest.raises(ValueError, match="axis is 0, 1 or 2"):
+        Slices(PRIOR, 3)
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        Slices(PRIOR, 0, 0)
+
+
+# --- two planes
+
+
+def test_two_planes_are_the_product_of_their_densities() -> None:
+    """Its score is the mean of the scores, weighted by the exponents."""
+    one, other = Slices(field(H, W), 0), Slices(field(D, W, 1), 1)
+    x, share = volume(), 0.3
+    made = TwoPlanes(one, other, share).score(x, SIGMA)
+    expected = (1 - share) * one.score(x, SIGMA) + share * other.score(x, SIGMA)
+    assert_close(made, expected)
+
+
+def test_a_plane_is_drawn_with_its_probability_and_known_again() -> None:
+    one, other = Slices(field(H, W), 0), Slices(field(D, W, 1), 1)
+    both, x = TwoPlanes(one, other, 0.3, drawn=True), volume(1)
+    answers = [one.denoise(x, SIGMA), other.denoise(x, SIGMA)]
+    assert any(torch.equal(both.denoise(x, SIGMA), a) for a in answers)
+    sigmas = torch.linspace(3, -4, 400).exp().double()
+    asked = [torch.equal(both.denoise(x, s), other.denoise(x, s)) for s in sigmas]
+    again = [torch.equal(both.denoise(x, s), other.denoise(x, s)) for s in sigmas]
+    assert asked == again
+    assert sum(asked) / 400 == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 400) ** 0.5)
+    levels = sigmas[:2]
+    pair = torch.cat([x, x])
+    alone = torch.cat([both.denoise(x, s) for s in levels])
+    assert_close(both.denoise(pair, levels), alone)
+
+
+def test_two_planes_are_of_one_unit() -> None:
+    one, other = Slices(field(H, W), 0), Slices(field(D, W, 1), 1)
+    map = AffineMap(2.0, 0.5)
+    inner, found = TwoPlanes(
+        Slices(Affine(one.inner, map)), Slices(Affine(other.inner, map), 1)
+    ).normalised
+    x = volume()
+    assert found == map
+    assert_close(inner.denoise(x, SIGMA), TwoPlanes(one, other).denoise(x, SIGMA))
+    assert inner.sigma_max == pytest.approx(one.sigma_max)
+    with pytest.raises(ValueError, match="different ranges"):
+        TwoPlanes(one, Slices(Affine(other.inner, map), 1))
+    with pytest.raises(ValueError, match="share must lie between"):
+        TwoPlanes(one, other, 1.0)
+    with pytest.raises(ValueError, match="needs image sizes"):
+        plain = EDMPrior(lambda x, c: x, 0.5, multiple_of=2)
+        TwoPlanes(Slices(plain), Slices(plain, 1)).check((1, 5, 4, 4))
+
+
+# --- every sampler, slice by slice
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [samplers.dds, samplers.ddnm, samplers.diffpir, samplers.daps],
+)
+def test_a_sampler_of_volumes_is_that_of_slices(sampler: Callable[..., Tensor]) -> None:
+    """The same numbers drawn give the same slices, in whatever shape they come."""
+    prior, g = field(H, W), seeded()
+    mask = (torch.rand(H, W, generator=g) < 0.6).double()
+    y = mask * prior.sample(D, generator=g)
+    flat = InverseProblem(y, Mask(mask), GaussianNoise(0.1))
+    deep = InverseProblem(y.movedim(1, 0)[None], Mask(mask), GaussianNoise(0.1))
+    slices = sampler(flat, prior, steps=4, generator=seeded(1))
+    made = sampler(deep, Slices(prior, 0, 2), steps=4, generator=seeded(1))
+    assert_close(made[0].movedim(0, 1), slices, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        (samplers.reddiff, {"steps": 3}),
+        (samplers.dps, {"steps": 3}),
+        (samplers.pigdm, {"steps": 3}),
+        (samplers.mmps, {"steps": 3}),
+        (samplers.score_sde, {"steps": 3}),
+        (samplers.tmpd, {"steps": 3}),
+        (samplers.tv, {"steps": 3}),
+    ],
+)
+def test_other_samplers_take_volumes_too(
+    sampler: Callable[..., Tensor], options: dict[str, Any]
+) -> None:
+    prior = Affine(field(8, 8), AffineMap(0.02, 0.0))
+    A = ParallelBeam((8, 8), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    x = 0.02 * torch.randn(1, 1, 3, 8, 8, generator=seeded(), dtype=torch.float64)
+    given = InverseProblem(A(x), A, GaussianNoise(0.01))
+    result = solve(given, Slices(prior), sampler, generator=seeded(), **options)
+    assert result.samples.shape == (1, *x.shape)
+
+
+def test_volumes_are_solved_one_by_one() -> None:
+    """And one pass of a volume counts once, as many slices as it may have."""
+    seen, y = Seeing(), volume(3)
+    given = InverseProblem(y, Mask(torch.ones(H, W).double()), GaussianNoise(0.1))
+    run = solve(given, Slices(seen), samplers.dds, steps=2, generator=seeded())
+    assert seen.batches == [D] * 6
+    assert run.stats.network_forwards == 6
+    with pytest.raises(ValueError, match="prior of volumes"):
+        flat = InverseProblem(y[:, :, 0], given.operator, given.noise)
+        solve(flat, Slices(seen), samplers.dds, generator=seeded())
+
+
+# --- the operator
+
+
+def operators() -> dict[str, LinearOperator]:
+    g = seeded()
+    mask = (torch.rand(H, W, generator=g) < 0.5).double()
+    maps = simulated_maps(3, (H, W)).to(torch.complex128)
+    return {
+        "mask": Mask(mask),
+        "blur": Blur.from_kernel(torch.rand(3, 3, generator=g).double(), (H, W)),
+        "coils": MultiCoil(maps, mask) @ RealImage(),
+        "rays": ParallelBeam((H, W), torch.tensor([0.1, 1.2]).double()),
+    }
+
+
+@pytest.mark.parametrize("name", operators())
+@pytest.mark.parametrize("chunk", [2, 16])
+def test_slices_are_measured_alone(name: str, chunk: int) -> None:
+    inner, x = operators()[name], volume()
+    A = SliceWise(inner, D, chunk)
+    y = A(x)
+    for k in range(D):
+        assert_close(y[:, k], inner(x[:, :, k]))
+    noise = torch.randn(y.shape, generator=seeded(2), dtype=torch.float64).to(y.dtype)
+    if not name == "coils":
+        assert dottest(A, x, noise) < 1e-12
+    assert_close(A.normal(x), A.adjoint(A(x)))
+    assert A.norm(x) == pytest.approx(inner.norm(x[:, :, 0]), rel=1e-4)
+    assert A.image_like(y).shape == x.shape
+
+
+@pytest.mark.parametrize("name", operators())
+def test_slices_are_inverted_alone(name: str) -> None:
+    inner, x = operators()[name], volume()
+    A = SliceWise(inner, D, 2)
+    y = A(x)
+    rho = torch.tensor([0.5, 2.0]).double().reshape(2, 1, 1, 1, 1)
+    made, one, plain = A.pinv(y), A.prox(x, y, rho), A.prox(x, y, 0.5)
+    for k in range(D):
+        assert_close(made[:, :, k], inner.pinv(y[:, k]))
+        assert_close(one[:, :, k], inner.prox(x[:, :, k], y[:, k], rho[:, :, 0]))
+        assert_close(plain[:, :, k], inner.prox(x[:, :, k], y[:, k], 0.5))
+
+
+def test_missing_slices_are_refused() -> None:
+    A = SliceWise(operators()["rays"], D)
+    x = volume()
+    y = A(x)
+    with pytest.raises(ValueError, match=r"expects volumes .*5, h, w"):
+        A(x[:, :, :4])
+    with pytest.raises(ValueError, match=r"are slices missing\?"):
+        InverseProblem(y[:, :4], A, GaussianNoise(0.1))
+    with pytest.raises(ValueError, match="ParallelBeam expects measurements"):
+        InverseProblem(y[..., :-1], A, GaussianNoise(0.1))
+    with pytest.raises(ValueError, match="depth must be at least 1"):
+        SliceWise(operators()["rays"], 0)
+
+
+def test_a_cone_beam_takes_a_prior_of_slices() -> None:
+    A = ConeBeam((D, 8, 8), torch.tensor([0.0, 1.5]).double(), 30.0, 60.0)
+    x = torch.rand(1, 1, D, 8, 8, generator=seeded(), dtype=torch.float64)
+    given = InverseProblem(A(x), A, GaussianNoise(0.01))
+    run = solve(given, Slices(field(8, 8)), samplers.dds, steps=2, generator=seeded())
+    assert run.samples.shape == (1, *x.shape)
