@@ -452,8 +452,9 @@ def table(results: dict[str, Any]) -> str:
         f"nor tuning saw; simulated measurements: {COUNTS:,.0f} photons a ray, or complex "
         f"noise of σ = {SIGMA_K} in k-space. PSNR (data range 2000 HU, or 1) / SSIM over "
         "the body, mean over the planes of each orientation; jumps along z: mean "
-        "|x_{k+1} − x_k| over the truth's; passes of the network for each slice, and seconds for a "
-        "volume, in bf16, on a machine that did other work as well. One draw each. "
+        "|x_{k+1} − x_k| over the truth's; passes of the network for each slice, and "
+        "seconds for a volume, in bf16, on a machine that did other work as well. One draw "
+        "each. "
         f"{results['date']}, {results['machine']}, seed 0. Made by "
         "`python benchmarks/volumes.py run`.",
     ]

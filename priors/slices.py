@@ -7,9 +7,11 @@ them is `TwoPlanes`, or the data step of `invsolve.samplers.dds3d` and ``mbir``.
 
 import copy
 import math
+from itertools import pairwise
 from typing import final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from invsolve.shapes import Sigma, X
@@ -32,6 +34,14 @@ class Slices(Prior):
             network takes depends on it and not on the volume.
         device: where the network computes; with the volume unless given. Volumes too
             large for a GPU stay on the host, and their slices come and go.
+        spread: share the slices among the processes of `torch.distributed`, each of
+            which calls `solve` alike, say under ``torchrun``. The network's passes, which
+            are nearly all of the time, go side by side; each process holds the volume and
+            takes the data's steps itself, so that nothing else need be exchanged and the
+            result is one process's.
+
+    Raises:
+        ValueError: a number is out of range, or no process group was made.
     """
 
     def __init__(
@@ -40,11 +50,19 @@ class Slices(Prior):
         axis: int = 0,
         chunk: int = 16,
         device: torch.device | str | None = None,
+        *,
+        spread: bool = False,
     ) -> None:
         if axis not in (0, 1, 2):
             raise ValueError(f"axis is 0, 1 or 2 of a volume's (d, h, w), got {axis}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if spread and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "spread needs a process group: start with torchrun and call "
+                "torch.distributed.init_process_group first"
+            )
+        self.spread = spread
         self.device = None if device is None else torch.device(device)
         self.inner = inner if self.device is None else inner.to(self.device)
         self.axis, self.chunk = axis, chunk
@@ -54,10 +72,18 @@ class Slices(Prior):
         cut = 2 + self.axis
         levels = sigma.expand(len(x)).repeat_interleave(x.shape[cut])
         flat = x.movedim(cut, 1).flatten(0, 1)  # a view for one volume cut across d
-        out = torch.empty_like(flat)
-        for at in range(0, len(flat), self.chunk):
-            now = slice(at, at + self.chunk)
+        out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        count, mine = (
+            (dist.get_world_size(), dist.get_rank()) if self.spread else (1, 0)
+        )
+        shares = [len(flat) * k // count for k in range(count + 1)]
+        first, last = shares[mine : mine + 2]
+        for at in range(first, last, self.chunk):
+            now = slice(at, min(at + self.chunk, last))
             out[now] = self._through(flat[now], levels[now]).to(x.device)
+        if count > 1:
+            for owner, (first, last) in enumerate(pairwise(shares)):
+                dist.broadcast(out[first:last], owner)
         return out.unflatten(0, (len(x), -1)).movedim(1, cut)
 
     def _through(self, slices: Tensor, sigma: Tensor) -> Tensor:
@@ -72,7 +98,8 @@ class Slices(Prior):
     @property
     def normalised(self) -> tuple[Prior, AffineMap]:
         inner, map = self.inner.normalised
-        return Slices(inner, self.axis, self.chunk, self.device), map
+        made = Slices(inner, self.axis, self.chunk, self.device, spread=self.spread)
+        return made, map
 
     def to(self, device: torch.device) -> Prior:
         return self if self.device is not None else super().to(device)

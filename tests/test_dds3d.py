@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from stacks import SIDE, Toy, cut_after, roughness, seeded, stack
+from stacks import DEPTH, SIDE, Toy, cut_after, roughness, seeded, stack
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -175,8 +175,7 @@ import sys, time
 import torch
 from invsolve import InverseProblem, solve
 from invsolve.operators import GaussianNoise, Mask
-from invsolve.priors import GaussianPrior
-from invsolve.priors import Slices
+from invsolve.priors import GaussianPrior, Slices
 from invsolve.samplers import dds3d
 
 def slowly(loop):
@@ -213,6 +212,56 @@ def test_a_killed_process_goes_on_within_the_volume(tmp_path: Path) -> None:
     subprocess.run([*command[:-1], str(other), "0"], check=True)
     results = [torch.load(f"{p}.result", weights_only=True) for p in (path, other)]
     assert torch.equal(*results)
+
+
+PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path[:0] = [sys.argv[3]]
+from stacks import Toy
+from invsolve import solve
+from invsolve.priors import Prior, Slices
+from invsolve.samplers import dds3d
+
+class Seen(Prior):
+    def __init__(self, inner):
+        self.inner, self.slices = inner, []  # copies share it
+        self.sigma_min, self.sigma_max = inner.sigma_min, inner.sigma_max
+    def denoise(self, x, sigma):
+        self.slices.append(len(x))
+        return self.inner.denoise(x, sigma)
+
+store, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+toy = Toy.make()
+inner = Seen(toy.prior.inner)
+prior = Slices(inner, 0, 3, spread=True)
+result = solve(
+    toy.problem, prior, dds3d, steps=5, generator=torch.Generator().manual_seed(0)
+)
+torch.save({"x": result.samples, "slices": sum(inner.slices)}, f"{store}.{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one(toy: Toy, tmp_path: Path) -> None:
+    """Each denoises half of the slices, and both end with the whole volume."""
+    store = tmp_path / "store"
+    folder = str(Path(__file__).parent)
+    command = [sys.executable, "-W", "ignore", "-c", PROCESS, str(store)]
+    both = [subprocess.Popen([*command, str(rank), folder]) for rank in (0, 1)]
+    assert [p.wait(timeout=300) for p in both] == [0, 0]
+    alone = solve(toy.problem, toy.prior, dds3d, steps=5, generator=seeded()).samples
+    for rank in (0, 1):
+        made = torch.load(f"{store}.{rank}", weights_only=True)
+        assert made["slices"] == 5 * DEPTH // 2
+        assert_close(made["x"], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+
+
+def test_spreading_needs_processes(toy: Toy) -> None:
+    with pytest.raises(ValueError, match="start with torchrun"):
+        Slices(toy.prior.inner, spread=True)
 
 
 @pytest.mark.parametrize("sampler", [dds3d, mbir])
