@@ -5,9 +5,8 @@ as means over elements; its latents are then shifted and scaled to mean 0 and va
 channel by channel, and the U-Net is trained on them as in `invsolve.training`.
 """
 
-import csv
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,26 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from invsolve import io
 from invsolve.priors import AffineMap, EDMPrior, UNet, UNetConfig
 from invsolve.priors.latent import AutoencoderConfig, KLAutoencoder, latent_card
 from invsolve.priors.weights import sha256
 from invsolve.random import randn_like
-from invsolve.training import Optimisation, Plan, Progress, TrainConfig, edm_loss
+from invsolve.training import TrainConfig, matching, noised
 from invsolve.training_data import draw, load
+from invsolve.training_loop import (
+    Batch,
+    Optimisation,
+    Plan,
+    Progress,
+    Stop,
+    Task,
+    fit,
+)
 
 LEVELS = (0.1, 0.4, 1.6)
 """The noise levels, of latents with variance 1, at which training reports denoising."""
-
-Stop = Callable[[], bool]
-Log = Callable[[Any], list[float]]
 
 
 class LatentConfig(TrainConfig):
@@ -54,7 +58,7 @@ def train_latent(
     """Train, or go on where ``out``'s checkpoints left off; the prior's card is returned.
 
     Writes ``NAME.safetensors`` (averaged weights of both networks, float16),
-    ``NAME.json`` (its card), ``autoencoder.csv``, ``losses.csv`` and the checkpoints
+    ``NAME.json`` (its card), ``autoencoder.csv``, ``unet.csv`` and the checkpoints
     ``autoencoder.pt``, ``latents.pt`` and ``unet.pt``, each whole or not at all.
 
     Args:
@@ -68,7 +72,13 @@ def train_latent(
     Returns:
         The card, or None if time was up before the autoencoder was done.
     """
-    device = device or torch.device("cpu")
+    device, opt = device or torch.device("cpu"), config.optimisation
+    if opt.predicts != "edm":
+        raise ValueError(
+            f"a latent prior's network predicts edm, not {opt.predicts}: leave "
+            "optimisation.predicts out"
+        )
+    part = partial(fit, seed=seed, device=device, progress=progress, stop=stop)
     cutting = Generator().manual_seed(seed)
     images = load(config.data.train, config.data, cutting)
     val = load(config.data.val, config.data, cutting)
@@ -83,21 +93,25 @@ def train_latent(
             f"{network.channels}: set network.channels = {coding.latent_channels}"
         )
 
-    def reconstruction(net: Any, generator: Generator) -> Tensor:
-        x = draw(images, config.data, config.encoding.batch, 0, generator).to(device)
-        return autoencoder_loss(net, x, config.kl, config.encoding.bf16, generator)
+    def pictures(step: int, generator: Generator) -> Batch:
+        x = draw(images, config.data, config.encoding.batch, 0, generator)
+        factor = coding.patch * 2 ** (len(coding.widths) - 1)
+        h, w = (side // factor for side in x.shape[2:])
+        z = x.new_empty(len(x), coding.latent_channels, h, w)
+        return {"x": x, "noise": randn_like(z, generator)}
 
-    autoencoder, done = _fit(
-        coding.build,
-        config.encoding,
-        reconstruction,
-        lambda net: [reconstruction_psnr(net, val)],
-        out / "autoencoder",
-        ("psnr",),
-        seed,
-        device,
-        progress,
-        stop,
+    autoencoder, done = part(
+        Task(
+            coding.build,
+            pictures,
+            partial(autoencoder_loss, kl=config.kl, bf16=config.encoding.bf16),
+            lambda net: [reconstruction_psnr(net, val)],
+            ("psnr",),
+        ),
+        Plan(config.encoding),
+        out / "autoencoder.pt",
+        out / "autoencoder.csv",
+        told={"autoencoder": coding.to_dict()},
     )
     if not done:
         return None
@@ -108,23 +122,23 @@ def train_latent(
     latents = ((latents - shift[:, None, None]) * scale[:, None, None]).half()
     with torch.no_grad():
         val_latents = autoencoder.encode(val)
-    opt = config.optimisation
 
-    def matching(net: nn.Module, generator: Generator) -> Tensor:
+    def rows(step: int, generator: Generator) -> Batch:
         index = torch.randint(len(latents), (opt.batch,), generator=generator)
-        return edm_loss(net, latents[index].float().to(device), opt, generator)
+        return noised(latents[index].float(), opt, generator)
 
-    unet, _ = _fit(
-        lambda: UNet(network),
-        opt,
-        matching,
-        lambda net: latent_psnr(EDMPrior(net, opt.sigma_data), val_latents),
-        out / "unet",
-        tuple(f"psnr_at_{level}" for level in LEVELS),
-        seed,
-        device,
-        progress,
-        stop,
+    unet, _ = part(
+        Task(
+            lambda: UNet(network),
+            rows,
+            partial(matching, bf16=opt.bf16),
+            lambda net: latent_psnr(EDMPrior(net, opt.sigma_data), val_latents),
+            tuple(f"psnr_at_{level}" for level in LEVELS),
+        ),
+        Plan(opt),
+        out / "unet.pt",
+        out / "unet.csv",
+        told={"network": network.to_dict()},
     )
     return _export(
         config, coding, network, autoencoder, unet, val, val_latents, out, seed
@@ -132,14 +146,13 @@ def train_latent(
 
 
 def autoencoder_loss(
-    net: KLAutoencoder, x: Tensor, kl: float, bf16: bool, generator: Generator
+    net: KLAutoencoder, x: Tensor, noise: Tensor, kl: float, bf16: bool
 ) -> Tensor:
-    """mean |x − Dec(z)| + w mean KL(q(z | x) ‖ N(0, I)) with one draw z ~ q(z | x)."""
+    """mean |x − Dec(z)| + w mean KL(q(z | x) ‖ N(0, I)) with z = μ(x) + s(x) · noise."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         q = net.posterior(x)
         mean, logvar = q.mean.float(), q.logvar.float()
-        z = mean + (logvar / 2).exp() * randn_like(mean, generator)
-        back = net.decode(z)
+        back = net.decode(mean + (logvar / 2).exp() * noise)
     divergence = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
     return (back.float() - x).abs().mean() + kl * divergence
 
@@ -178,84 +191,6 @@ def _latents(net: KLAutoencoder, images: Tensor, cache: Path, device: Any) -> Te
     latents = torch.cat(parts)
     io.replace(cache, lambda path: torch.save(latents, path))
     return latents.float()
-
-
-def _fit(
-    make: Callable[[], nn.Module],
-    opt: Optimisation,
-    loss: Callable[[Any, Generator], Tensor],
-    log: Log,
-    stem: Path,
-    names: tuple[str, ...],
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-    stop: Stop,
-) -> tuple[Any, bool]:
-    """The averaged network and whether it is done; goes on from ``stem``.pt."""
-    with torch.random.fork_rng():  # torch's layers initialise from the global state
-        torch.manual_seed(seed)
-        net = make().to(device).to(memory_format=torch.channels_last)
-    ema = AveragedModel(
-        net,
-        avg_fn=lambda mean, new, n: mean.lerp(
-            new, 1 - min(opt.ema, float((1 + n) / (10 + n)))
-        ),
-    )
-    adam = torch.optim.AdamW(
-        net.parameters(), opt.lr, betas=(0.9, 0.99), weight_decay=0
-    )
-    generator = Generator().manual_seed(seed)
-    plan, every = Plan(opt, 0.0), max(1, opt.images // opt.batch // 25)
-    first, history = 0, []
-    checkpoint = stem.with_suffix(".pt")
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        adam.load_state_dict(state["adam"])
-        generator.set_state(state["generator"].cpu())
-        first, history = state["step"], state["history"]
-
-    def save(step: int) -> None:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "net": net.state_dict(),
-            "ema": ema.state_dict(),
-            "adam": adam.state_dict(),
-            "generator": generator.get_state(),
-            "step": step,
-            "history": history,
-        }
-        io.replace(checkpoint, lambda path: torch.save(state, path))
-
-        def write_csv(path: str) -> None:
-            with open(path, "w", newline="") as file:
-                csv.writer(file).writerows([("images", "loss", *names), *history])
-
-        io.replace(stem.with_suffix(".csv"), write_csv)
-
-    done, running = first >= plan.steps, []
-    for step in progress(range(first, plan.steps)):
-        for group in adam.param_groups:
-            group["lr"] = opt.lr * plan.rate(step)
-        value = loss(net, generator)
-        adam.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        adam.step()
-        ema.update_parameters(net)
-        running.append(value.detach())
-        done = step + 1 == plan.steps
-        if done or (step + 1) % every == 0:
-            mean = float(torch.stack(running).mean())
-            running.clear()
-            history.append([plan.seen(step + 1), mean, *log(ema.module)])
-            save(step + 1)
-        if stop():
-            save(step + 1)
-            break
-    return ema.module.eval().requires_grad_(False), done
 
 
 def _export(

@@ -1,0 +1,213 @@
+"""The training loop: averaged weights, a learning rate that falls, runs that can be cut.
+
+θ ← AdamW(θ, ∇ 1/n Σᵢ ℓᵢ(θ)) and θ̄ ← d θ̄ + (1 − d) θ, of which θ̄ is kept. A batch of n
+is drawn whole, from one generator, and only then divided; so the result does not depend,
+beyond rounding, on how it was divided.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from invsolve import io
+from invsolve.priors.parameterisation import Predicts
+from invsolve.training_data import Section
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+Stop = Callable[[], bool]
+Batch = dict[str, Tensor]
+"""Tensors that have one row for each item."""
+
+
+class Optimisation(Section):
+    """How long, and with what steps."""
+
+    images: int = Field(default=60_000, gt=0)
+    """How many images to see; crops count by their area."""
+    batch: int = Field(default=8, gt=0)
+    crop_batch: int = Field(default=16, gt=0)
+    crop_part: float = Field(default=0.7, ge=0, le=1)
+    """The part of the run that sees crops, if there are any."""
+    lr: float = Field(default=6e-4, gt=0)
+    warmup: int = Field(default=300, gt=0)
+    """Steps over which the learning rate rises."""
+    decay: float = Field(default=0.3, ge=0, le=1)
+    """The last part of the run, over which the learning rate falls to zero."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    predicts: Predicts = "edm"
+    sigma_data: float = Field(default=0.5, gt=0)
+    log_sigma_mean: float = -1.4
+    log_sigma_std: float = Field(default=1.4, gt=0)
+    bf16: bool = True
+
+
+class Plan:
+    """The steps of a run: first on crops, if there are any, then on whole images.
+
+    Args:
+        opt: how long.
+        crop_area: a crop's area as a fraction of an image's; 0 without crops.
+    """
+
+    def __init__(self, opt: Optimisation, crop_area: float = 0.0) -> None:
+        self.opt = opt
+        self.per_crop_step = opt.crop_batch * crop_area
+        part = opt.crop_part * opt.images if crop_area else 0
+        self.crop_steps = round(part / self.per_crop_step) if part else 0
+        whole = opt.images - self.crop_steps * self.per_crop_step
+        self.steps = self.crop_steps + math.ceil(whole / opt.batch)
+
+    def seen(self, step: int) -> float:
+        """Images seen before a step, crops by their area."""
+        crops = min(step, self.crop_steps)
+        return crops * self.per_crop_step + (step - crops) * self.opt.batch
+
+    def rate(self, step: int) -> float:
+        """The learning rate, as a fraction: a rise, a plateau, and a linear fall."""
+        left = 1 - self.seen(step) / self.opt.images
+        fall = min(1.0, left / self.opt.decay) if self.opt.decay else 1.0
+        return fall * min(1.0, (step + 1) / self.opt.warmup)
+
+
+@final
+@dataclass(frozen=True)
+class Task:
+    """What is minimised, on what, and how it is measured.
+
+    Attributes:
+        make: () ↦ the network, its weights random.
+        batch: (step, generator) ↦ the rows of a batch.
+        loss: (network, **rows) ↦ the mean loss of these rows.
+        measure: averaged network ↦ the numbers of ``names``, on held-out images.
+        names: of what is measured.
+    """
+
+    make: Callable[[], nn.Module]
+    batch: Callable[[int, Generator], Batch]
+    loss: Callable[..., Tensor]
+    measure: Callable[[Any], list[float]]
+    names: tuple[str, ...]
+
+
+def fit(
+    task: Task,
+    plan: Plan,
+    checkpoint: Path,
+    table: Path,
+    *,
+    told: dict[str, Any],
+    seed: int,
+    device: torch.device | None = None,
+    every: int | None = None,
+    progress: Progress = iter,
+    stop: Stop = lambda: False,
+    export: Callable[[nn.Module, int], object] = lambda net, seen: None,
+) -> tuple[Any, bool]:
+    """The averaged network, and whether it is done; goes on from ``checkpoint``.
+
+    Killed at any moment and started again it gives the same weights, bit for bit.
+
+    Args:
+        task: what is minimised.
+        plan: in how many steps.
+        checkpoint: a file with all that is needed to go on.
+        table: a file (CSV) of losses and measurements against images seen.
+        told: what the network is; a checkpoint of another is refused.
+        seed: of the weights, the data's order and the noise.
+        device: where; the CPU unless given.
+        every: images between two checkpoints; a fiftieth of all unless given.
+        progress: wraps the loop, as ``tqdm`` does.
+        stop: asked after each step whether time is up.
+        export: called with the averaged network and the images it saw, when it is kept.
+    """
+    opt, device = plan.opt, device or torch.device("cpu")
+    every = every or max(1, opt.images // 50)
+    with torch.random.fork_rng():  # torch's layers initialise from the global state
+        torch.manual_seed(seed)
+        net = task.make().to(device).to(memory_format=torch.channels_last)
+    ema = AveragedModel(net, avg_fn=warm_ema(opt.ema))
+    adam = torch.optim.AdamW(
+        net.parameters(), opt.lr, betas=(0.9, 0.99), weight_decay=0
+    )
+    generator = Generator().manual_seed(seed)
+    first, history, running = 0, [], []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        if state["told"] != told:
+            raise ValueError(
+                f"{checkpoint} is of another network: choose another --out"
+            )
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        adam.load_state_dict(state["adam"])
+        generator.set_state(state["generator"].cpu())
+        first, history = state["step"], state["history"]
+        running = list(state["running"])
+
+    def save(step: int) -> None:
+        state = {
+            "told": told,
+            "net": net.state_dict(),
+            "ema": ema.state_dict(),
+            "adam": adam.state_dict(),
+            "generator": generator.get_state(),
+            "step": step,
+            "history": history,
+            "running": torch.stack(running) if running else torch.empty(0),
+        }
+        io.replace(checkpoint, lambda path: torch.save(state, path))
+        write_table(table, ("images", "loss", *task.names), history)
+        export(ema.module, round(plan.seen(step)))
+
+    step = first
+    for step in progress(range(first, plan.steps)):
+        for group in adam.param_groups:
+            group["lr"] = opt.lr * plan.rate(step)
+        rows = {k: v.to(device) for k, v in task.batch(step, generator).items()}
+        loss = task.loss(net, **rows)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        adam.step()
+        ema.update_parameters(net)
+        running.append(loss.detach())
+        before, seen = plan.seen(step), plan.seen(step + 1)
+        if seen // every > before // every:
+            mean = float(torch.stack(running).mean())
+            running.clear()
+            history.append([seen, mean, *task.measure(ema.module)])
+            save(step + 1)
+        if stop():
+            step += 1
+            break
+    else:
+        step = plan.steps
+    save(step)
+    return ema.module.eval().requires_grad_(False), step == plan.steps
+
+
+def write_table(path: Path, names: Iterable[str], rows: list[list[float]]) -> None:
+    """A CSV file, whole or not at all."""
+
+    def write(partial: str) -> None:
+        with open(partial, "w", newline="") as file:
+            csv.writer(file).writerows([names, *rows])
+
+    io.replace(path, write)
+
+
+def warm_ema(decay: float) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    """An exponential average that forgets its first steps faster than its later ones."""
+
+    def average(mean: Tensor, new: Tensor, n: Any) -> Tensor:
+        return mean.lerp(new, 1 - min(decay, float((1 + n) / (10 + n))))
+
+    return average
