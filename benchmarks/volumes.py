@@ -8,18 +8,18 @@
 CT: stacks of neighbouring slices of OpenKBP's validation patients (real CT), on their own
 grid; measurements are simulated (parallel rays, Poisson counts, on a grid three times
 finer). Brain MR: T1-like volumes simulated from the label maps of heads that the prior
-never saw; the same Poisson-disc samples of k-space in each slice. ``tune`` goes over each
-method's settings on a patient (a head) apart. Each result is kept as it comes, so that a
-run which was stopped goes on.
+never saw; the same Poisson-disc samples of k-space in each slice. ``tune`` searches each
+method's settings on a patient (a head) apart, in as many trials for each. Each result is
+kept as it comes, so that a run which was stopped goes on.
 """
 
 import argparse
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Generator, Tensor
 import invsolve as iv
 from invsolve import io, samplers
 from invsolve.demo import FLOOR
-from invsolve.metrics import body_mask, psnr, ssim
+from invsolve.metrics import body_mask
 from invsolve.operators import (
     Fourier,
     GaussianNoise,
@@ -41,6 +41,7 @@ from invsolve.operators import (
     TransmissionNoise,
     poisson_disc,
 )
+from invsolve.planes import PLANES, plane_scores
 from invsolve.population import brain_mr, read_tissues
 from invsolve.priors import Slices
 from invsolve.samplers import dds3d, mbir
@@ -56,7 +57,6 @@ COUNTS = 1e5
 SIGMA_K = 0.005
 """Of the noise in k-space, in each part."""
 
-PLANES = {"axial": 2, "coronal": 3, "sagittal": 4}
 BEGIN, END = "<!-- volumes: begin -->", "<!-- volumes: end -->"
 
 
@@ -87,63 +87,74 @@ TUNED_ON = {"ct": "ct-8", "mr": "mr-8"}
 
 @dataclass(frozen=True)
 class Method:
-    """A sampler, and the settings that are tried."""
+    """A sampler, and what of it is searched: name → (least, most, first tried)."""
 
     name: str
     sampler: Callable[..., Tensor]
-    grid: Mapping[str, Mapping[str, list[Any]]]
-    fixed: Mapping[str, Any]
+    space: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     coupled: bool = False
     tasks: tuple[str, ...] = tuple(TASKS)
 
 
-LEVELS: dict[str, list[Any]] = {
-    "sigma_range": [(0.02, 0.5), (0.02, 1.0), (0.02, 4.0)],
-    "eta": [0.5, 0.85, 1.0],
-}
-COUPLED: dict[str, list[Any]] = {
-    "rho": [0.0257, 0.257],
-    "threshold": [0.004, 0.04, 0.1],
-}
+TRIALS = 12
+LINEAR = ("eta", "zeta")
+"""What is searched evenly; all else evenly in its logarithm."""
 
-
-def both(grid: Mapping[str, list[Any]]) -> dict[str, Mapping[str, list[Any]]]:
-    """The same settings are tried for CT and for MR."""
-    return {"ct": grid, "mr": grid}
+COUPLED = {
+    "sigma": (0.3, 5.0, 1.0),
+    "zeta": (0.0, 1.0, 0.5),
+    "kappa": (0.03, 1.0, 0.1),
+    "rho": (0.001, 0.03, 0.008),
+    "threshold": (0.005, 0.1, 0.04),
+}
 
 
 def methods(steps: int) -> dict[str, Method]:
     """Every method, at so many passes of the network a slice."""
     passes = {"steps": steps, "cg_steps": 10}
+    z_tv = {**passes, "eta": 1.0}
     return {
-        "fbp": Method("FBP", samplers.fbp, both({}), {}, tasks=tuple(TASKS)[:4]),
-        "zero-filled": Method(
-            "zero-filled", zero_filled, both({}), {}, tasks=("mr-8",)
-        ),
+        "fbp": Method("FBP", samplers.fbp, tasks=tuple(TASKS)[:4]),
+        "zero-filled": Method("zero-filled", zero_filled, tasks=("mr-8",)),
         "tv": Method(
-            "ADMM-TV 3D",
-            samplers.tv,
-            {
-                "ct": {"lam": [1.0, 3.0, 10.0, 30.0, 100.0]},
-                "mr": {"lam": [10.0, 30.0, 100.0]},
-            },
-            {"steps": 60},
+            "ADMM-TV 3D", samplers.tv, {"lam": (1.0, 100.0, 10.0)}, {"steps": 60}
         ),
-        "dds": Method("DDS, slice by slice", samplers.dds, both(LEVELS), passes),
-        "dds3d": Method("DDS, z-TV", dds3d, both({**COUPLED}), passes, coupled=True),
+        "dds": Method(
+            "DDS, slice by slice",
+            samplers.dds,
+            {
+                "sigma": (0.3, 5.0, 1.0),
+                "eta": (0.3, 1.0, 0.85),
+                "lam": (0.03, 3.0, 1.0),
+            },
+            passes,
+        ),
+        "pnp": Method(
+            "PnP, slice by slice",
+            samplers.pnp,
+            {"sigma": (0.3, 5.0, 2.4), "lam": (0.01, 1.0, 0.07)},
+            {"steps": steps},
+        ),
+        "dds3d": Method("DDS, z-TV", dds3d, COUPLED, z_tv, coupled=True),
         "dds3d-slerp": Method(
             "DDS, z-TV, slerp noise",
             dds3d,
-            both({**COUPLED}),
-            {**passes, "noise": "slerp"},
+            COUPLED,
+            {**z_tv, "noise": "slerp"},
             coupled=True,
             tasks=("ct-8",),
         ),
         "mbir": Method(
             "DiffusionMBIR",
             mbir,
-            both({"threshold": [0.004, 0.04]}),
-            {"steps": 3 * steps, "rho": 0.0257, "final": False},
+            {
+                "sigma": (1.0, 30.0, 10.0),
+                "snr": (0.02, 0.2, 0.16),
+                "rho": (0.001, 0.03, 0.0257),
+                "threshold": (0.005, 0.1, 0.004 / 0.5),
+            },
+            {"steps": 3 * steps, "final": False},
             coupled=True,
             tasks=("ct-8",),
         ),
@@ -251,25 +262,16 @@ def solve(
 
 
 def scores(x: Tensor, truth: Tensor, task: Task) -> dict[str, float]:
-    """PSNR and SSIM in each orientation, the mean over its planes that hold anything."""
-    span = 2 * MU_WATER if task.kind == "ct" else 1.0
-    region = (
-        body_mask(truth[0].movedim(0, 1)).movedim(1, 0)[None]
-        if task.kind == "ct"
-        else truth > 0.05
-    )
+    """PSNR and SSIM in each orientation, and how much x jumps along z."""
+    if task.kind == "ct":
+        span, region = 2 * MU_WATER, body_mask(truth[0].movedim(0, 1))[:, 0]
+    else:
+        span, region = 1.0, truth[0, 0] > 0.05
     result = {}
-    for plane, axis in PLANES.items():
-        planes = [t.movedim(axis, 1)[0] for t in (x, truth, region)]
-        a, b, inside = (p.reshape(-1, 1, *p.shape[-2:]) for p in planes)
-        keep = inside.flatten(1).float().mean(1) > 0.04
-        a, b, inside = a[keep], b[keep], inside[keep]
-        result[f"{plane} PSNR"] = float(psnr(a, b, span, inside).mean())
-        result[f"{plane} SSIM"] = float(ssim(a, b, span, inside).mean())
-    result["roughness"] = float(
-        x.diff(dim=2).abs().mean() / truth.diff(dim=2).abs().mean()
-    )
-    return result
+    for plane, (p, s) in plane_scores(x[0, 0], truth[0, 0], span, region).items():
+        result |= {f"{plane} PSNR": p, f"{plane} SSIM": s}
+    rough = x.diff(dim=2).abs().mean() / truth.diff(dim=2).abs().mean()
+    return {**result, "roughness": float(rough)}
 
 
 # --- results that grow
@@ -293,12 +295,8 @@ def keep(results: dict[str, Any]) -> None:
 
 
 def best(results: dict[str, Any], method: str, kind: str) -> dict[str, Any]:
-    """The settings with the best sum of axial and sagittal PSNR on the tuning volume."""
-    tried = [t for t in results["tune"].values() if t["key"] == [method, kind]]
-    if not tried:
-        return {}
-    found = max(tried, key=lambda t: t["axial PSNR"] + t["sagittal PSNR"])
-    return found["settings"]
+    """What the search found on the tuning volume."""
+    return results["tune"].get(f"{kind} {method}", {}).get("settings", {})
 
 
 def volumes(task: Task, data: Path, part: str, n: int, depth: int) -> list:
@@ -308,7 +306,7 @@ def volumes(task: Task, data: Path, part: str, n: int, depth: int) -> list:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Try every setting on one volume of each kind."""
+    """Search each method's settings on one volume of each kind, in as many trials."""
     results = load()
     for kind, task_name in TUNED_ON.items():
         if kind not in args.kinds:
@@ -318,28 +316,67 @@ def tune(args: argparse.Namespace) -> None:
         given = problem(task, x, spacing, seed=1)
         prior = Slices(iv.priors.load(task.prior))
         for key, method in methods(args.steps).items():
-            if key not in args.methods or task_name not in method.tasks:
+            name = f"{kind} {key}"
+            wanted = key in args.methods and task_name in method.tasks and method.space
+            if not wanted or name in results["tune"]:
                 continue
-            grid = method.grid[kind]
-            inherited = best(results, "dds", kind) if key.startswith("dds3d") else {}
-            if key == "mbir":
-                inherited = {"sigma_range": best(results, "dds", kind)["sigma_range"]}
-            for values in product(*grid.values()) if grid else ():
-                settings = {**inherited, **dict(zip(grid, values, strict=True))}
-                name = f"{kind} {key} {json.dumps(settings)}"
-                if name in results["tune"]:
-                    continue
-                run = solve(method, settings, given, prior, spacing)
-                row = scores(run.mean, x, task)
-                results["tune"][name] = {
-                    "key": [key, kind],
-                    "settings": settings,
-                    "depth": args.depth,
-                    "seconds": run.stats.seconds,
-                    **row,
-                }
-                print(name, {k: round(v, 3) for k, v in row.items()}, flush=True)
-                keep(results)
+            score = partial(trial_score, method, given, prior, x, spacing, task)
+            found = search(method, score)
+            results["tune"][name] = {**found, "depth": args.depth}
+            print(name, found, flush=True)
+            keep(results)
+
+
+def trial_score(
+    method: Method,
+    given: iv.InverseProblem,
+    prior: iv.priors.Prior,
+    x: Tensor,
+    spacing: tuple[float, float, float],
+    task: Task,
+    settings: Mapping[str, Any],
+) -> float:
+    """The mean PSNR over the three orientations; of what diverges, -100."""
+    try:
+        made = solve(method, settings, given, prior, spacing).mean
+    except ValueError:
+        return -100.0
+    row = scores(made.reshape(x.shape), x, task)
+    return sum(row[f"{plane} PSNR"] for plane in PLANES) / len(PLANES)
+
+
+def search(method: Method, score: Callable[[Mapping[str, Any]], float]) -> dict:
+    """The best of so many trials by Optuna's TPE, with a seed."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def objective(trial: Any) -> float:
+        settings = drawn(trial, method)
+        trial.set_user_attr("settings", settings)
+        return score(settings)
+
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=TRIALS // 2),
+    )
+    study.enqueue_trial({k: first for k, (_, _, first) in method.space.items()})
+    study.optimize(objective, n_trials=TRIALS)
+    best = study.best_trial
+    return {"settings": best.user_attrs["settings"], "psnr": study.best_value}
+
+
+def drawn(trial: Any, method: Method) -> dict[str, Any]:
+    """A trial's settings, to three digits."""
+    found = {
+        name: float(
+            f"{trial.suggest_float(name, low, high, log=name not in LINEAR):.3g}"
+        )
+        for name, (low, high, _) in method.space.items()
+    }
+    if "sigma" in found:
+        found["sigma_range"] = (0.02, found.pop("sigma"))
+    return found
 
 
 def run(args: argparse.Namespace) -> None:

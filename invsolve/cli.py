@@ -1,5 +1,6 @@
 """The command line: files and names become objects here, and only here."""
 
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -47,14 +48,18 @@ from invsolve.samplers.solvers import (
     Singlestep,
     Solver,
 )
+from invsolve.samplers.ztv import MRI, SPARSE_VIEW
 from invsolve.simulate import measure
-from invsolve.solve import solve as run_solve
+from invsolve.solve import Solution, solve as run_solve
 from invsolve.speed import Precision
 from invsolve.units import MU_WATER, hu_to_mu
+from invsolve.volumes import free_memory, memory_plan
 
 SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "reddiff": samplers.reddiff,
     "dds": samplers.dds,
+    "dds3d": samplers.dds3d,
+    "mbir": samplers.mbir,
     "diffpir": samplers.diffpir,
     "dps": samplers.dps,
     "tmpd": samplers.tmpd,
@@ -290,7 +295,7 @@ def demo(
         methods=demonstration.quick() if quick else demonstration.METHODS,
         generator=Generator().manual_seed(seed),
         device=where,
-        bar=lambda what, images: _bar(what, images, where),
+        bar=lambda what, images: _bar(what, math.ceil(images / 16), where),
     )
     n = len(image.values)
     views, counts = demonstration.VIEWS, demonstration.COUNTS
@@ -404,7 +409,7 @@ def simulate(
     )
     A, model = _build_operator(described), _build_noise(noise)
     x, A = x.to(where), A.to(where)
-    with _bar("simulate", len(x), where) as progress:
+    with _bar("simulate", math.ceil(len(x) / 16), where) as progress:
         if isinstance(A, ops.ParallelBeam | ops.FanBeam):
             parts = [
                 measure(part, A, model, factor=FACTOR, generator=generator)
@@ -507,6 +512,7 @@ def solve(
     _need("nibabel", "matplotlib", "jinja2", *(["skimage"] if truth else []))
     where = _device(device)
     method = _lookup(SAMPLERS, sampler, "sampler")
+    whole = "aspect" in inspect.signature(method).parameters  # the stack, as a volume
     _lookup(dict.fromkeys(get_args(Precision)), precision, "precision")
     limits = _window(window)
     _check_folder(out, force=force)
@@ -535,20 +541,30 @@ def solve(
     true = _read_truth(truth, m) if truth is not None else None
     kind = getattr(method, "kind", "steered")
     each = samples or (8 if kind == "posterior_sample" else 1)
+    there = where
+    if whole:
+        assert loaded is not None
+        preset = SPARSE_VIEW if is_ct else MRI
+        aspect = m.spacing[0] / m.spacing[1]
+        options = {**preset, "aspect": aspect, **options}
+        problem, loaded, there = _as_volume(problem, loaded, where)
 
-    with _bar(sampler, each * len(m.y), where) as progress:
+    loops = each if whole else math.ceil(each * len(m.y) / 16)
+    with _bar(sampler, loops, where) as progress:
         solution = run_solve(
             problem,
             loaded,
             method,
             samples=each,
             generator=Generator().manual_seed(seed),
-            device=where,
+            device=there,
             precision=cast(Precision, precision),
             checkpoint=checkpoint,
             progress=progress,
             **options,
         )
+    if whole:
+        solution = _slice_by_slice(solution)
     options = {k: str(v) if isinstance(v, Solver) else v for k, v in options.items()}
     result = Result.of(sampler, solution, m.unit, true, options)
     simulated = bool(m.note.get("simulated", False))
@@ -560,8 +576,9 @@ def solve(
     facts = source if loaded is None else source | _prior_facts(read_card(prior)[0])
     report = Report(
         title=f"Reconstruction by {sampler}",
-        summary=f"{len(m.y)} slice{'s' if len(m.y) > 1 else ''}, "
-        f"{each} sample{'s' if each > 1 else ''} each. "
+        summary=f"{len(m.y)} slice{'s' if len(m.y) > 1 else ''}"
+        f"{' of one volume' if whole else ''}, "
+        f"{each} sample{'s' if each > 1 else ''}{'' if whole else ' each'}. "
         + (
             "The measurements were simulated."
             if simulated
@@ -571,6 +588,7 @@ def solve(
         unit=shown_unit(m.unit),
         truth=true,
         window=limits,
+        spacing=m.spacing if whole else None,
         facts={
             "Measurements": _measured(problem, simulated=simulated),
             "Data": facts,
@@ -618,11 +636,13 @@ def train(
 
     Paths in the configuration are relative to $INVSOLVE_DATA, or to the configuration's
     own folder where that is not set. A second run goes on where the first left off.
+    Several GPUs train together under torchrun: see docs/training.md.
     """
     from tqdm import tqdm
 
     from invsolve import training
 
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     where = _device(device)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes must be > 0, got {minutes}")
@@ -641,10 +661,13 @@ def train(
         out,
         seed=seed,
         device=where,
-        progress=lambda steps: tqdm(steps, "train", unit="batch", delay=1, smoothing=0),
+        progress=lambda steps: tqdm(
+            steps, "train", unit="batch", delay=1, smoothing=0, disable=not first
+        ),
         stop=lambda: time.monotonic() > end,
     )
-    typer.echo(f"wrote {card}; use it with --prior {card}")
+    if first:
+        typer.echo(f"wrote {card}; use it with --prior {card}")
 
 
 def _data_home(config: Path) -> Path:
@@ -878,7 +901,7 @@ def _options(
     tuned: bool,
 ) -> dict[str, Any]:
     """The sampler's options: those the demo has tuned for CT, then the user's."""
-    taken = ("prior", "problem", "generator", "progress", "sigmas")
+    taken = ("prior", "problem", "generator", "progress", "sigmas", "keep")
     known = {
         key: parameter.default
         for key, parameter in inspect.signature(sampler).parameters.items()
@@ -1210,6 +1233,40 @@ def _load_prior(name: str) -> priors.Prior:
     return priors.load(name)
 
 
+def _as_volume(
+    problem: InverseProblem, prior: priors.Prior, where: torch.device
+) -> tuple[InverseProblem, priors.Prior, torch.device]:
+    """The stack as one volume, and where to hold it: with the network if it fits there.
+
+    Raises:
+        ValueError: it fits nowhere.
+    """
+    A = ops.SliceWise(problem.linear, len(problem.y))
+    volume = InverseProblem(problem.y[None], A, problem.noise)
+    slices = priors.Slices(prior, device=where)
+    plan, cpu = memory_plan(volume, slices), torch.device("cpu")
+    typer.echo(f"memory: {plan}", err=True)
+    if where.type == "cpu":
+        plan.check(free_memory(cpu))
+    elif plan.host + plan.network > free_memory(where):
+        plan.check(free_memory(cpu), free_memory(where))
+        return volume, slices, cpu
+    return volume, slices, where
+
+
+def _slice_by_slice(solution: Solution) -> Solution:
+    """A volume's samples as those of its slices, which is how images are shown."""
+    samples = solution.samples[:, 0].movedim(2, 1)
+    s, depth = solution.stats, samples.shape[1]
+    stats = dataclasses.replace(
+        s,
+        network_forwards=depth * s.network_forwards,
+        operator_applies=depth * s.operator_applies,
+        operator_adjoints=depth * s.operator_adjoints,
+    )
+    return dataclasses.replace(solution, samples=samples, stats=stats)
+
+
 def _check_unit(prior: str, unit: io.Unit) -> None:
     theirs = read_card(prior)[0].get("unit", "")
     if theirs != unit:
@@ -1221,12 +1278,12 @@ def _check_unit(prior: str, unit: io.Unit) -> None:
 
 @contextmanager
 def _bar(
-    what: str, images: int, device: torch.device
+    what: str, loops: int, device: torch.device
 ) -> Iterator[Callable[[Iterable], Iterable]]:
     """One progress bar on stderr over all passes of a loop, after a second's work."""
     from tqdm import tqdm
 
-    passes = 1 if device.type == "cuda" else math.ceil(images / 16)
+    passes = 1 if device.type == "cuda" else loops
     with tqdm(desc=what, unit="step", delay=1, leave=False) as bar:
 
         def progress(loop: Iterable) -> Iterator[Any]:

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .io import Unit, replace
-from .metrics import body_mask, psnr, ssim
+from .metrics import BODY_HU, body_mask, psnr, ssim
+from .planes import PLANES, film, plane_scores, planes_figure
 from .samplers import Kind
 from .solve import Solution, Stats
 from .units import MU_WATER, hu_to_mu, mu_to_hu
@@ -131,13 +132,15 @@ def shown_unit(unit: Unit) -> Unit:
 def score(image: Volume, truth: Volume, unit: Unit) -> tuple[Tensor, Tensor]:
     """PSNR and SSIM of each slice; see `Result.of` for their range and region."""
     x, x_true = image[:, None], truth[:, None]
+    body, span = _region(truth, unit)
+    return psnr(x, x_true, span, body), ssim(x, x_true, span, body)
+
+
+def _region(truth: Volume, unit: Unit) -> tuple[Tensor | None, float]:
+    """The pixels that count, (slices, 1, h, w), and the data range."""
     if unit == "HU":
-        body = body_mask(hu_to_mu(x_true))
-        data_range = DATA_RANGE_HU
-    else:
-        body = None
-        data_range = max(float(truth.max() - truth.min()), 1e-6)
-    return psnr(x, x_true, data_range, body), ssim(x, x_true, data_range, body)
+        return body_mask(hu_to_mu(truth[:, None])), DATA_RANGE_HU
+    return None, max(float(truth.max() - truth.min()), 1e-6)
 
 
 @final
@@ -155,6 +158,8 @@ class Report:
             tissue for HU, and what the images hold for others, unless given.
         facts: tables of the page: heading → (what → value).
         measured: a few lines for the figure that say what was measured.
+        spacing: millimetres from voxel to voxel along (z, y, x), of slices that are one
+            volume: the page then shows it from three sides, too.
     """
 
     title: str
@@ -165,6 +170,7 @@ class Report:
     window: tuple[float, float] | None = None
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     measured: str = ""
+    spacing: tuple[float, float, float] | None = None
 
     @cached_property
     def limits(self) -> tuple[float, float]:
@@ -234,8 +240,46 @@ def save_page(path: Path, report: Report, *, most: int = 6) -> None:
         first=first,
         figure=_embedded(report, first),
         others=[(k, _embedded(report, k)) for k in others],
+        volume=None if report.spacing is None or n < 2 else _volume(report),
     )
     replace(path, lambda p: Path(p).write_text(html, encoding="utf-8"), ".html")
+
+
+def _volume(report: Report) -> dict[str, Any]:
+    """What the page shows of slices that are one volume."""
+    assert report.spacing is not None
+    shown = {} if report.truth is None else {"Truth": report.truth}
+    shown |= {result.name: result.image for result in report.results}
+    told: list[tuple[str, dict[str, tuple[float, float]]]] = []
+    if report.truth is not None:
+        region, span = _region(report.truth, report.unit)
+        region = None if region is None else region[:, 0]
+        for result in report.results:
+            scores = plane_scores(result.image, report.truth, span, region)
+            told.append((result.name, scores))
+    rows, columns = _bounds(report)
+    shown = {name: volume[:, rows, columns] for name, volume in shown.items()}
+    drawn = planes_figure(shown, report.spacing, report.limits)
+    return {
+        "figure": base64.b64encode(drawn).decode("ascii"),
+        "film": film(shown, report.limits),
+        "scores": told,
+        "planes": [plane for plane in PLANES if told and plane in told[0][1]],
+    }
+
+
+def _bounds(report: Report) -> tuple[slice, slice]:
+    """Rows and columns that hold the body in any slice; all of what is not CT."""
+    reference = report.results[-1].image if report.truth is None else report.truth
+    h, w = reference.shape[-2:]
+    filled = (reference > BODY_HU).any(0)
+    if report.unit != "HU" or not filled.any():
+        return slice(0, h), slice(0, w)
+    rows, columns = filled.any(1).nonzero(), filled.any(0).nonzero()
+    return (
+        slice(max(0, int(rows[0]) - 3), int(rows[-1]) + 4),
+        slice(max(0, int(columns[0]) - 3), int(columns[-1]) + 4),
+    )
 
 
 def render(template: str, **values: Any) -> str:

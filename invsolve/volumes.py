@@ -44,7 +44,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return (
-            f"{_gib(self.host)} for the volume, {_gib(self.network)} for the network "
+            f"{_size(self.host)} for the volume, {_size(self.network)} for the network "
             f"({self.chunk} slices at once)"
         )
 
@@ -62,7 +62,7 @@ class MemoryPlan:
         room = host_free - self.host if network_free is None else network_free
         if self.host > host_free:
             raise ValueError(
-                f"the volume needs {_gib(self.host)}, but {_gib(host_free)} are free: "
+                f"the volume needs {_size(self.host)}, but {_size(host_free)} are free: "
                 "solve for fewer slices at a time, or on a coarser grid"
             )
         if self.network > room:
@@ -71,11 +71,11 @@ class MemoryPlan:
                 f"give Slices(…, chunk={fits})" if fits > 0 else "use a smaller network"
             )
             raise ValueError(
-                f"{self.chunk} slices at once need {_gib(self.host + here)} with the "
-                f"network, but {_gib(host_free)} are free: {remedy}"
+                f"{self.chunk} slices at once need {_size(self.host + here)} with the "
+                f"network, but {_size(host_free)} are free: {remedy}"
                 if network_free is None
-                else f"{self.chunk} slices at once need {_gib(self.network)} for the "
-                f"network, but {_gib(network_free)} are free: {remedy}"
+                else f"{self.chunk} slices at once need {_size(self.network)} for the "
+                f"network, but {_size(network_free)} are free: {remedy}"
             )
 
 
@@ -173,5 +173,7 @@ def _held(prior: Prior) -> list[Tensor]:
     return found
 
 
-def _gib(size: int) -> str:
+def _size(size: int) -> str:
+    if size < 2**30:
+        return f"{size / 2**20:.3g} MiB"
     return f"{size / 2**30:.3g} GiB"

@@ -58,6 +58,12 @@ class Measurements:
             if not isinstance(described.get("name"), str):
                 raise ValueError(f"the {what} has no name")
 
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres from voxel to voxel of the image along (z, y, x)."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(z), float(y), float(x)
+
 
 def save_measurements(path: str | Path, m: Measurements) -> None:
     """Write measurements as ``.npz``, all of them or nothing.

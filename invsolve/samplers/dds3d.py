@@ -31,6 +31,7 @@ def dds3d(
     kappa: float = 1.0,
     eta: float = 0.85,
     cg_steps: int = 5,
+    zeta: float = 1.0,
     noise: SliceNoise = "independent",
     aspect: float = 1.0,
     periodic: bool = False,
@@ -43,7 +44,7 @@ def dds3d(
     One step of ADMM from D = D(x; σ), whose splitting and dual are kept from level to
     level (see `DataStep`); then, with ε̂ = (x − D)/σ,
 
-        x ← x̂₀ + σ′(√(1−η²) ε̂ + η n).
+        x ← x̂₀ + ζσ′(√(1−η²) ε̂ + η n).
 
     ρ and λ are in units of ‖√W A‖², so that one choice serves every operator. Total
     variation couples the slices, and is no part of any posterior: the spread of many
@@ -62,6 +63,8 @@ def dds3d(
             σ², 0 the published code, where stopping early is all that ties x̂₀ to D.
         eta: η, the fraction of the noise's amplitude that is fresh.
         cg_steps: of conjugate gradients at each level.
+        zeta: ζ, how much of the noise comes back: 1 in the paper; with 0 this is
+            plug-and-play, whose answer is one and smooth.
         noise: n is ``independent`` from slice to slice, ``shared`` by them all, or
             ``slerp``, in between (see `slice_noise`).
         aspect: a voxel's height over its width.
@@ -84,9 +87,10 @@ def dds3d(
         x0 = prior.denoise(state["x"], sigma)
         eps = state["x"].sub_(x0).div_(sigma)
         step(x0, state["q"], cg_steps=cg_steps, kappa=kappa / sigma**2)
-        eps.mul_(sigma_next * (1 - eta**2) ** 0.5).add_(x0)
+        left = zeta * float(sigma_next)
+        eps.mul_(left * (1 - eta**2) ** 0.5).add_(x0)
         del x0
         n = slice_noise(eps, noise, generator)
-        eps.add_(n, alpha=float(sigma_next) * eta)
+        eps.add_(n, alpha=left * eta)
         del n
     return state["x"]
