@@ -1245,13 +1245,14 @@ def _as_volume(
     volume = InverseProblem(problem.y[None], A, problem.noise)
     slices = priors.Slices(prior, device=where)
     plan, cpu = memory_plan(volume, slices), torch.device("cpu")
-    typer.echo(f"memory: {plan}", err=True)
+    home = where
     if where.type == "cpu":
         plan.check(free_memory(cpu))
     elif plan.host + plan.network > free_memory(where):
         plan.check(free_memory(cpu), free_memory(where))
-        return volume, slices, cpu
-    return volume, slices, where
+        home = cpu
+    typer.echo(f"memory: {plan}", err=True)
+    return volume, slices, home
 
 
 def _slice_by_slice(solution: Solution) -> Solution:

@@ -169,6 +169,34 @@ def test_the_network_in_bf16(measured, prior, tmp_path):
     assert record["settings"]["precision"] == "bf16"
 
 
+@pytest.mark.parametrize("sampler", ["dds3d", "mbir"])
+def test_a_stack_as_one_volume(sampler, measured, prior, phantom, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--sampler", sampler, "--prior", prior, "--steps", 3]
+    run("solve", measured, "-o", out, "--truth", phantom, *options)
+    shown = capsys.readouterr()
+    assert "for the volume" in shown.err and f"{sampler} " in shown.out
+    record = json.loads((out / "result.json").read_text())
+    assert record["settings"]["options"]["aspect"] == pytest.approx(3 / 8)
+    [made] = record["results"]
+    passes = 3 if sampler == "dds3d" else 6
+    assert made["stats"]["network_forwards"] == 2 * passes
+    image = io.read(out / "mean.nii.gz")
+    assert image.values.shape == (2, 32, 32)
+    assert image.spacing == pytest.approx((3.0, 8.0, 8.0))
+    assert "The volume" in (out / "report.html").read_text()
+
+
+def test_a_volume_that_does_not_fit_is_refused(
+    refused, measured, prior, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("invsolve.cli.free_memory", lambda device: 1000)
+    words = ["solve", measured, "-o", tmp_path / "out", "--prior", prior]
+    message = refused(*words, "--sampler", "dds3d")
+    assert "solve for fewer slices at a time" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_point_estimate_has_no_standard_deviation(measured, tmp_path):
     out = tmp_path / "out"
     run("solve", measured, "-o", out, "--sampler", "tv", "--steps", 5)
@@ -520,7 +548,7 @@ def test_the_doctor_never_fails(capsys, monkeypatch):
 def test_the_names_are_the_documented_ones():
     assert set(SAMPLERS) == {
         *("reddiff", "dds", "diffpir", "dps", "tmpd", "pigdm", "mmps", "ddnm", "daps"),
-        *("ddrm", "score_sde", "pnp", "red"),
+        *("ddrm", "score_sde", "pnp", "red", "dds3d", "mbir"),
         *("stsl", "psld", "ldps", "resample"),
         *("tv", "sirt", "cgls", "fbp"),
     }
