@@ -7,7 +7,9 @@ beyond rounding, on how it was divided.
 
 import csv
 import math
+import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -47,6 +49,12 @@ class Optimisation(Section):
     log_sigma_mean: float = -1.4
     log_sigma_std: float = Field(default=1.4, gt=0)
     bf16: bool = True
+    accumulate: int = Field(default=1, gt=0)
+    """In how many parts a batch goes through the network: less memory, the same steps."""
+    channels_last: bool = True
+    """Keep the channels of a pixel side by side, which convolutions are faster with."""
+    compile: bool = False
+    """Compile loss and network with `torch.compile`; needs a C++ compiler."""
 
 
 class Plan:
@@ -128,11 +136,13 @@ def fit(
         stop: asked after each step whether time is up.
         export: called with the averaged network and the images it saw, when it is kept.
     """
-    opt, device = plan.opt, device or torch.device("cpu")
+    opt, processes = plan.opt, Processes(device or torch.device("cpu"))
+    device, n_parts = processes.device, opt.accumulate * processes.count
     every = every or max(1, opt.images // 50)
+    layout = torch.channels_last if opt.channels_last else torch.contiguous_format
     with torch.random.fork_rng():  # torch's layers initialise from the global state
         torch.manual_seed(seed)
-        net = task.make().to(device).to(memory_format=torch.channels_last)
+        net = task.make().to(device).to(memory_format=layout)
     ema = AveragedModel(net, avg_fn=warm_ema(opt.ema))
     adam = torch.optim.AdamW(
         net.parameters(), opt.lr, betas=(0.9, 0.99), weight_decay=0
@@ -152,7 +162,14 @@ def fit(
         first, history = state["step"], state["history"]
         running = list(state["running"])
 
+    objective = Objective(net, task.loss)
+    if opt.compile:
+        objective.compile()
+    module = processes.wrap(objective)
+
     def save(step: int) -> None:
+        if processes.rank:
+            return
         state = {
             "told": told,
             "net": net.state_dict(),
@@ -171,27 +188,110 @@ def fit(
     for step in progress(range(first, plan.steps)):
         for group in adam.param_groups:
             group["lr"] = opt.lr * plan.rate(step)
-        rows = {k: v.to(device) for k, v in task.batch(step, generator).items()}
-        loss = task.loss(net, **rows)
         adam.zero_grad(set_to_none=True)
-        loss.backward()
+        rows = task.batch(step, generator)
+        mine = parts(rows, n_parts)[processes.rank :: processes.count]
+        losses = []
+        for k, part in enumerate(mine, 1):
+            part = {name: v.to(device) for name, v in part.items()}
+            # Of the mean over the batch, and for the mean over the processes.
+            weight = processes.count * len(part["x"]) / len(rows["x"])
+            with processes.exchange(module, now=k == len(mine)):
+                loss = weight * module(part)
+                loss.backward()
+            losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         adam.step()
         ema.update_parameters(net)
-        running.append(loss.detach())
+        running.append(processes.mean(torch.stack(losses).sum()))
         before, seen = plan.seen(step), plan.seen(step + 1)
         if seen // every > before // every:
             mean = float(torch.stack(running).mean())
             running.clear()
             history.append([seen, mean, *task.measure(ema.module)])
             save(step + 1)
-        if stop():
+        if processes.mean(torch.tensor(float(stop()), device=device)) > 0:
             step += 1
             break
     else:
         step = plan.steps
     save(step)
     return ema.module.eval().requires_grad_(False), step == plan.steps
+
+
+@final
+class Objective(nn.Module):
+    """rows ↦ loss, as a module: what wraps modules then wraps network and loss alike."""
+
+    def __init__(self, net: nn.Module, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.net, self.loss = net, loss
+
+    def forward(self, rows: Batch) -> Tensor:
+        return self.loss(self.net, **rows)
+
+
+def parts(rows: Batch, n: int) -> list[Batch]:
+    """A batch in n parts; every n-th item belongs to one part.
+
+    Neighbours in a batch are of neighbouring noise levels, so that parts are alike.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    if (items := len(next(iter(rows.values())))) < n:
+        raise ValueError(
+            f"a batch of {items} cannot be divided into {n} parts: set a larger "
+            "optimisation.batch (and crop_batch), or fewer processes or parts"
+        )
+    return [{k: v[i::n] for k, v in rows.items()} for i in range(n)]
+
+
+@final
+class Processes:
+    """Those that train together, of ``torchrun`` or ``accelerate launch``; or this one.
+
+    Args:
+        device: what is computed on; of several GPUs, each process takes its own.
+
+    Raises:
+        ModuleNotFoundError: there are several, and accelerate is not installed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.count, self.rank, self.device = 1, 0, device
+        self.accelerator: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.accelerator = _accelerator(device)
+            self.count = self.accelerator.num_processes
+            self.rank = self.accelerator.process_index
+            self.device = self.accelerator.device
+
+    def wrap(self, objective: Objective) -> nn.Module:
+        """The objective, its gradients averaged over the processes."""
+        together = self.accelerator
+        return objective if together is None else together.prepare_model(objective)
+
+    def exchange(self, objective: nn.Module, now: bool) -> AbstractContextManager:
+        """Within it, gradients are averaged at once, or left for a later pass."""
+        together = self.accelerator
+        return nullcontext() if now or together is None else together.no_sync(objective)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        together = self.accelerator
+        return value if together is None else together.reduce(value, "mean")
+
+
+def _accelerator(device: torch.device) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "training by several processes needs accelerate: "
+            "pip install 'invsolve[train]'"
+        ) from error
+    return Accelerator(cpu=device.type == "cpu")
 
 
 def write_table(path: Path, names: Iterable[str], rows: list[list[float]]) -> None:

@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -595,3 +598,53 @@ def test_a_missing_configuration_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read") as refused:
         TrainConfig.read(tmp_path / "none.toml")
     assert "\n" not in str(refused.value)
+
+
+# --- several processes
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """On the command line, by two processes with two parts each; a batch is odd, too."""
+    pytest.importorskip("accelerate")
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        np.save(tmp_path / part / "a.npy", volume(1).numpy())
+    text = (
+        'name = "tiny"\n[data]\ntrain = "train"\nval = "val"\npattern = "*.npy"\n'
+        "shift = 2\n[network]\nwidths = [8, 16]\ngroups = 4\n[optimisation]\n"
+        "images = 42\nbatch = 7\nwarmup = 3\nlr = 1e-3\nbf16 = false\n"
+    )
+    (tmp_path / "one.toml").write_text(text)
+    (tmp_path / "two.toml").write_text(text + "accumulate = 2\n")
+    told = [str(tmp_path / "two.toml"), "--out", str(tmp_path / "two")]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *together, "-m", "invsolve.cli", "train", *told]
+    environment = {**os.environ, "INVSOLVE_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [*command, "--device", "cpu"], env=environment, capture_output=True, timeout=500
+    )
+    assert process.returncode == 0, process.stderr.decode()
+    assert process.stdout.decode().count("wrote") == 1
+
+    config = TrainConfig.read(tmp_path / "one.toml")
+    homes = {k: tmp_path / k for k in ("train", "val")}
+    config = config.model_copy(update={"data": config.data.model_copy(update=homes)})
+    train(config, tmp_path / "one", seed=0)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+    tables = [
+        np.loadtxt(tmp_path / name / "losses.csv", delimiter=",", skiprows=1)
+        for name in ("one", "two")
+    ]
+    np.testing.assert_allclose(*tables, rtol=0, atol=1e-4)
+
+
+def test_without_accelerate_it_is_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModuleNotFoundError, match=r"invsolve\[train\]"):
+        train(config, tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from invsolve.training_loop import Batch, Optimisation, Plan, Task, fit
+from invsolve.training_loop import Batch, Optimisation, Plan, Task, fit, parts
 
 NAMES = ("weight",)
 
@@ -128,3 +129,61 @@ def test_a_stopped_run_loses_nothing(tmp_path: Path, steps: int) -> None:
     assert same(whole, run(cut))
     tables = [(folder / "net.csv").read_bytes() for folder in (tmp_path / "whole", cut)]
     assert tables[0] == tables[1]
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor], bound: float) -> bool:
+    return all((a[k] - b[k]).abs().max() < bound for k in a)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_accumulated_gradients_are_the_batch_s(tmp_path: Path, accumulate: int) -> None:
+    whole = run(tmp_path / "whole")
+    divided = run(tmp_path / "divided", accumulate=accumulate)
+    assert close(whole, divided, 1e-5)
+    assert not close(whole, run(tmp_path / "start", lr=1e-4), 1e-3)
+    losses = [
+        np.loadtxt(tmp_path / name / "net.csv", delimiter=",", skiprows=1)
+        for name in ("whole", "divided")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_parts_are_all_of_a_batch() -> None:
+    rows = {"a": torch.arange(12), "b": 2 * torch.arange(12)}
+    got = parts(rows, 3)
+    assert torch.equal(torch.cat([part["a"] for part in got]).sort()[0], rows["a"])
+    assert all(torch.equal(part["b"], 2 * part["a"]) for part in got)
+    assert [len(part["a"]) for part in got] == [4, 4, 4]
+
+
+def test_parts_cannot_be_empty(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch of 8 cannot be divided into 9 parts"):
+        run(tmp_path, accumulate=9)
+    assert not (tmp_path / "net.pt").exists()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_layout_is_the_chosen(tmp_path: Path, channels_last: bool) -> None:
+    """It changes where numbers lie, and the result by rounding."""
+    run(tmp_path, channels_last=channels_last)
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    weight = state["net"]["0.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    plain = run(tmp_path / "plain", channels_last=not channels_last)
+    assert close(plain, run(tmp_path / "again", channels_last=channels_last), 1e-5)
+
+
+def test_compiled_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole objective goes to the compiler, here one that only records the graph."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compile(net, backend=backend))
+    plain = run(tmp_path / "plain")
+    assert not graphs
+    assert close(plain, run(tmp_path / "compiled", compile=True), 1e-6)
+    assert graphs
