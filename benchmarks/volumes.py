@@ -41,12 +41,12 @@ from invsolve.operators import (
     TransmissionNoise,
     poisson_disc,
 )
-from invsolve.planes import PLANES, plane_scores
+from invsolve.planes import PLANES, plane_scores, planes_figure
 from invsolve.population import brain_mr, read_tissues
 from invsolve.priors import Slices
 from invsolve.samplers import dds3d, mbir
 from invsolve.simulate import measure
-from invsolve.units import MU_WATER, hu_to_mu
+from invsolve.units import MU_WATER, hu_to_mu, mu_to_hu
 from invsolve.volumes import peak_bytes
 
 RESULTS = Path(__file__).parent / "results" / "volumes.json"
@@ -368,7 +368,7 @@ def search(method: Method, score: Callable[[Mapping[str, Any]], float]) -> dict:
 
 def drawn(trial: Any, method: Method) -> dict[str, Any]:
     """A trial's settings, to three digits."""
-    found = {
+    found: dict[str, Any] = {
         name: float(
             f"{trial.suggest_float(name, low, high, log=name not in LINEAR):.3g}"
         )
@@ -519,41 +519,24 @@ def memory(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(path: Path, task_name: str = "ct-8") -> None:
-    """Three planes of the first volume by every method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = load()["run"]
-    first = next(r["volume"] for r in found.values() if r["task"] == task_name)
-    shown: list[tuple[str, Tensor]] = []
-    for key, method in methods(20).items():
+def picture(path: Path, args: argparse.Namespace, task_name: str = "ct-8") -> None:
+    """Three planes of the first volume by every method, in HU."""
+    task = TASKS[task_name]
+    [(first, truth, spacing)] = volumes(task, args.data, "test", 1, args.depth)
+    body = (mu_to_hu(truth[0, 0]) > -500).any(0)
+    rows, columns = (body.any(k).nonzero().flatten() for k in (1, 0))
+    cut = (
+        slice(int(rows[0]), int(rows[-1]) + 1),
+        slice(int(columns[0]), int(columns[-1])),
+    )
+    shown = {"truth": truth}
+    for key, method in methods(args.steps).items():
         file = KEPT / f"{task_name} {first} {key}.pt"
         if file.exists():
-            kept = torch.load(file, weights_only=True)
-            shown.append((method.name, kept["x"].float()))
-            truth = kept["truth"]
-    if not shown:
-        return
-    shown = [("truth", truth), *shown]
-    depth, h, w = truth.shape[2:]
-    figure, axes = plt.subplots(
-        3,
-        len(shown),
-        figsize=(2.0 * len(shown), 2.0 * (1 + 2 * depth / h) + 0.5),
-        height_ratios=[h, depth, depth],
-        squeeze=False,
-    )
-    for column, (name, x) in zip(axes.T, shown, strict=True):
-        planes = (x[0, 0, depth // 2], x[0, 0, :, h // 2], x[0, 0, :, :, w // 2])
-        for ax, plane in zip(column, planes, strict=True):
-            ax.imshow(plane, cmap="gray", vmin=0.7 * MU_WATER, vmax=1.4 * MU_WATER)
-            ax.axis("off")
-        column[0].set_title(name, fontsize=8)
-    figure.tight_layout(pad=0.3)
-    io.replace(path, lambda p: figure.savefig(p, dpi=110, format="png"))
+            shown[method.name] = torch.load(file, weights_only=True)["x"].float()
+    planes = {name: mu_to_hu(x[0, 0])[:, *cut] for name, x in shown.items()}
+    png = planes_figure(planes, spacing, (-160.0, 240.0))
+    io.replace(path, lambda p: Path(p).write_bytes(png))
 
 
 def docs(args: argparse.Namespace) -> None:
@@ -563,7 +546,7 @@ def docs(args: argparse.Namespace) -> None:
     if results["depth"]:
         text += "\n\n" + memory(results)
     put(args.docs, text, BEGIN, END)
-    picture(args.docs.with_suffix(".png"))
+    picture(args.docs.with_suffix(".png"), args)
 
 
 def main() -> None:

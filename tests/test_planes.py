@@ -3,6 +3,7 @@
 import base64
 import math
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,12 +92,12 @@ def test_the_film_holds_every_slice_beside_its_peers() -> None:
     assert (long["slices"][0], long["slices"][-1]) == (0, 999)
 
 
-def report_of(truth: torch.Tensor | None, spacing: object) -> Report:
+def report_of(truth: torch.Tensor | None, spacing: Any) -> Report:
     hu = torch.full((9, 24, 24), -1000.0)
     hu[:, 6:20, 5:21] = 40.0
     x = hu + 10
     solution = Solution(x[None, :, None], "steered", "dds3d", STATS)
-    given = {"spacing": spacing} if spacing else {}
+    given: dict[str, Any] = {"spacing": spacing} if spacing else {}
     known = None if truth is None else hu
     made = [Result.of("dds3d", solution, "HU", known)]
     return Report("A volume", "A test.", made, "HU", known, **given)

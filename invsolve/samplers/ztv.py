@@ -5,10 +5,9 @@ Diffusion Models", CVPR 2023 (DiffusionMBIR), eq. 10; the splitting is Boyd et a
 §6.4.1. Volumes are (batch, channels, d, h, w), and z runs along d.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Literal, final, get_args
+from typing import Literal, TypedDict, final, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -19,15 +18,21 @@ from ..problem import InverseProblem
 from ..random import Randomness, randn_like
 from ..shapes import PerItem, X, per_item
 
-Preset = Mapping[str, float]
 
-SPARSE_VIEW: Preset = MappingProxyType({"rho": 10 / 389, "lam": 0.04 / 389})
+class Preset(TypedDict):
+    """ρ and λ, over ‖√W A‖²."""
+
+    rho: float
+    lam: float
+
+
+SPARSE_VIEW: Preset = {"rho": 10 / 389, "lam": 0.04 / 389}
 """DiffusionMBIR's ρ and λ for 8, 4 and 2 views, over ‖A‖² = 389 of its projector."""
 
-LIMITED_ANGLE: Preset = MappingProxyType({"rho": 10 / 389, "lam": 0.4 / 389})
+LIMITED_ANGLE: Preset = {"rho": 10 / 389, "lam": 0.4 / 389}
 """DDS' for an arc; DiffusionMBIR's code has no script of its own for it."""
 
-MRI: Preset = MappingProxyType({"rho": 0.01, "lam": 0.005})
+MRI: Preset = {"rho": 0.01, "lam": 0.005}
 """DiffusionMBIR's for undersampled k-space, where ‖A‖ = 1."""
 
 SliceNoise = Literal["independent", "shared", "slerp"]
