@@ -20,10 +20,11 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Normal
 
 from invsolve import io
-from invsolve.priors import AffineMap, EDMPrior, UNet, UNetConfig
+from invsolve.priors import AffineMap, EDMPrior, Prior, UNet, UNetConfig
 from invsolve.priors.parameterisation import preconditioning
 from invsolve.priors.weights import card_of, sha256
 from invsolve.random import randn_like
+from invsolve.samplers import unconditional
 from invsolve.shapes import per_item
 from invsolve.training_data import Data, Section, draw, load
 from invsolve.training_loop import (
@@ -44,6 +45,8 @@ class TrainConfig(Section):
     data: Data
     network: dict[str, Any] = Field(default={})
     optimisation: Optimisation = Optimisation()
+    tensorboard: bool = False
+    """Write curves and samples to ``tensorboard/``, for TensorBoard to show."""
     card: dict[str, Any] = Field(default={})
     """Copied to the prior's card: licence, source, citation."""
 
@@ -74,7 +77,8 @@ def train(
     """Train, or go on where ``out/checkpoint.pt`` left off; the prior's card is returned.
 
     Writes ``NAME.safetensors`` (averaged weights, float16), ``NAME.json`` (its card),
-    ``losses.csv`` and ``checkpoint.pt``, each whole or not at all.
+    ``losses.csv`` and ``checkpoint.pt``, each whole or not at all; and, if asked,
+    ``tensorboard/``.
 
     Args:
         config: what to train, on what.
@@ -101,17 +105,17 @@ def train(
         n = opt.crop_batch if crop else opt.batch
         return noised(draw(images, data, n, crop, generator), opt, generator)
 
-    def measure(net: nn.Module) -> list[float]:
-        prior = EDMPrior(net, opt.sigma_data, predicts=opt.predicts)
-        return denoising_psnr(prior, val.to(device))
+    def prior_of(net: nn.Module) -> EDMPrior:
+        return EDMPrior(net, opt.sigma_data, predicts=opt.predicts)
 
     fit(
         Task(
             lambda: UNet(network),
             batch,
             partial(matching, bf16=opt.bf16),
-            measure,
+            lambda net: denoising_psnr(prior_of(net), val.to(device)),
             tuple(f"psnr_at_{level}" for level in LEVELS),
+            lambda net: shown(samples(prior_of(net), val[:8].to(device)), val),
         ),
         plan,
         out / "checkpoint.pt",
@@ -123,6 +127,7 @@ def train(
         progress=progress,
         stop=stop,
         export=lambda net, seen: _export(config, network, net, seen, out, seed),
+        board=out / "tensorboard" if config.tensorboard else None,
     )
     return out / f"{config.name}.json"
 
@@ -169,6 +174,22 @@ def denoising_psnr(prior: EDMPrior, val: Tensor) -> list[float]:
             square += (prior.denoise(x, sigma) - x0).square().mean().cpu() * len(x0)
         result.append(float(10 * (4 * len(val) / square).log10()))
     return result
+
+
+def samples(prior: Prior, like: Tensor) -> Tensor:
+    """As many draws as ``like`` has images, always from the same noise."""
+    return unconditional(
+        prior,
+        like,
+        steps=12,
+        sigma_range=(0.01, 20.0),
+        generator=Generator().manual_seed(0),
+    )
+
+
+def shown(x: Tensor, like: Tensor) -> Tensor:
+    """0 … 1 of the range of ``like``."""
+    return ((x - like.min()) / (like.max() - like.min())).clamp(0, 1)
 
 
 def _check_size(images: Tensor, crop: int, network: UNetConfig) -> None:

@@ -20,7 +20,7 @@ from invsolve.priors import AffineMap, EDMPrior, UNet, UNetConfig
 from invsolve.priors.latent import AutoencoderConfig, KLAutoencoder, latent_card
 from invsolve.priors.weights import sha256
 from invsolve.random import randn_like
-from invsolve.training import TrainConfig, matching, noised
+from invsolve.training import TrainConfig, matching, noised, samples, shown
 from invsolve.training_data import draw, load
 from invsolve.training_loop import (
     Batch,
@@ -78,6 +78,7 @@ def train_latent(
             f"a latent prior's network predicts edm, not {opt.predicts}: leave "
             "optimisation.predicts out"
         )
+    board = out / "tensorboard" if config.tensorboard else None
     part = partial(fit, seed=seed, device=device, progress=progress, stop=stop)
     cutting = Generator().manual_seed(seed)
     images = load(config.data.train, config.data, cutting)
@@ -107,10 +108,12 @@ def train_latent(
             partial(autoencoder_loss, kl=config.kl, bf16=config.encoding.bf16),
             lambda net: [reconstruction_psnr(net, val)],
             ("psnr",),
+            lambda net: shown(net.decode(net.encode(val[:8])), val),
         ),
         Plan(config.encoding),
         out / "autoencoder.pt",
         out / "autoencoder.csv",
+        board=board and board / "autoencoder",
         told={"autoencoder": coding.to_dict()},
     )
     if not done:
@@ -123,6 +126,12 @@ def train_latent(
     with torch.no_grad():
         val_latents = autoencoder.encode(val)
 
+    def prior_of(net: nn.Module) -> EDMPrior:
+        return EDMPrior(net, opt.sigma_data)
+
+    def drawn(net: nn.Module) -> Tensor:
+        return autoencoder.decode(samples(prior_of(net), val_latents[:8]))
+
     def rows(step: int, generator: Generator) -> Batch:
         index = torch.randint(len(latents), (opt.batch,), generator=generator)
         return noised(latents[index].float(), opt, generator)
@@ -132,12 +141,14 @@ def train_latent(
             lambda: UNet(network),
             rows,
             partial(matching, bf16=opt.bf16),
-            lambda net: latent_psnr(EDMPrior(net, opt.sigma_data), val_latents),
+            lambda net: latent_psnr(prior_of(net), val_latents),
             tuple(f"psnr_at_{level}" for level in LEVELS),
+            lambda net: shown(drawn(net), val),
         ),
         Plan(opt),
         out / "unet.pt",
         out / "unet.csv",
+        board=board and board / "unet",
         told={"network": network.to_dict()},
     )
     return _export(

@@ -96,6 +96,7 @@ class Task:
         loss: (network, **rows) ↦ the mean loss of these rows.
         measure: averaged network ↦ the numbers of ``names``, on held-out images.
         names: of what is measured.
+        sheet: averaged network ↦ some of its samples, with values of 0 … 1.
     """
 
     make: Callable[[], nn.Module]
@@ -103,6 +104,7 @@ class Task:
     loss: Callable[..., Tensor]
     measure: Callable[[Any], list[float]]
     names: tuple[str, ...]
+    sheet: Callable[[Any], Tensor]
 
 
 def fit(
@@ -118,6 +120,7 @@ def fit(
     progress: Progress = iter,
     stop: Stop = lambda: False,
     export: Callable[[nn.Module, int], object] = lambda net, seen: None,
+    board: Path | None = None,
 ) -> tuple[Any, bool]:
     """The averaged network, and whether it is done; goes on from ``checkpoint``.
 
@@ -135,6 +138,11 @@ def fit(
         progress: wraps the loop, as ``tqdm`` does.
         stop: asked after each step whether time is up.
         export: called with the averaged network and the images it saw, when it is kept.
+        board: a folder for TensorBoard's curves and sample sheets; none unless given.
+
+    Raises:
+        ValueError: the checkpoint is of another network, or a batch is too small to divide.
+        ModuleNotFoundError: accelerate or TensorBoard is needed and not installed.
     """
     opt, processes = plan.opt, Processes(device or torch.device("cpu"))
     device, n_parts = processes.device, opt.accumulate * processes.count
@@ -166,6 +174,7 @@ def fit(
     if opt.compile:
         objective.compile()
     module = processes.wrap(objective)
+    shown = Board(board, plan.seen(first)) if board and not processes.rank else None
 
     def save(step: int) -> None:
         if processes.rank:
@@ -209,6 +218,11 @@ def fit(
             mean = float(torch.stack(running).mean())
             running.clear()
             history.append([seen, mean, *task.measure(ema.module)])
+            if shown:
+                curves = dict(zip(("loss", *task.names), history[-1][1:], strict=True))
+                curves["learning_rate"] = opt.lr * plan.rate(step)
+                with torch.no_grad():
+                    shown.add(seen, curves, task.sheet(ema.module))
             save(step + 1)
         if processes.mean(torch.tensor(float(stop()), device=device)) > 0:
             step += 1
@@ -216,6 +230,8 @@ def fit(
     else:
         step = plan.steps
     save(step)
+    if shown:
+        shown.close()
     return ema.module.eval().requires_grad_(False), step == plan.steps
 
 
@@ -292,6 +308,38 @@ def _accelerator(device: torch.device) -> Any:
             "pip install 'invsolve[train]'"
         ) from error
     return Accelerator(cpu=device.type == "cpu")
+
+
+@final
+class Board:
+    """Curves and sample sheets for TensorBoard, against images seen.
+
+    Args:
+        folder: for its event files.
+        seen: images seen before; what an earlier, killed run told beyond is taken back.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, seen: float) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "the curves need TensorBoard: pip install 'invsolve[train]'"
+            ) from error
+        self.writer = SummaryWriter(str(folder), purge_step=round(seen) + 1)
+
+    def add(self, seen: float, curves: dict[str, float], sheet: Tensor) -> None:
+        """One point of each curve, and one sheet of images (n, channels, y, x)."""
+        for name, value in curves.items():
+            self.writer.add_scalar(name, value, round(seen))
+        self.writer.add_images("samples", sheet, round(seen))
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 def write_table(path: Path, names: Iterable[str], rows: list[list[float]]) -> None:

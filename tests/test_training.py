@@ -1,6 +1,7 @@
 """Training: the loss in closed form, runs that can be cut, and what they leave."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -17,9 +18,9 @@ from torch import Generator, Tensor
 
 from invsolve import io, priors
 from invsolve.io import Image
-from invsolve.priors import Affine, EDMPrior
+from invsolve.priors import Affine, EDMPrior, GaussianPrior
 from invsolve.priors.parameterisation import Predicts, preconditioning
-from invsolve.training import TrainConfig, matching, noised, train
+from invsolve.training import TrainConfig, matching, noised, samples, shown, train
 from invsolve.training_data import Data, draw, load
 from invsolve.training_loop import Optimisation, Plan, warm_ema
 from invsolve.units import MU_WATER
@@ -598,6 +599,34 @@ def test_a_missing_configuration_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read") as refused:
         TrainConfig.read(tmp_path / "none.toml")
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_shows_its_samples(config: TrainConfig, tmp_path: Path) -> None:
+    """And nothing is changed by it."""
+    pytest.importorskip("tensorboard")
+    shown = config.model_copy(update={"tensorboard": True})
+    for name, run in (("plain", config), ("shown", shown)):
+        train(run, tmp_path / name, seed=0, checkpoint_every=16)
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "shown")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    reader = importlib.import_module(module).EventAccumulator
+    told = reader(str(tmp_path / "shown" / "tensorboard")).Reload()
+    assert [s.step for s in told.Images("samples")] == [16, 32]
+    assert {"loss", "psnr_at_0.2", "learning_rate"} <= set(told.Tags()["scalars"])
+
+
+def test_samples_are_of_the_prior() -> None:
+    """Of N(m, v) they have its mean and spread; what is shown is cut to the range."""
+    mean, cov = (torch.full((1, 8, 8), value) for value in (MEAN, VARIANCE))
+    prior, like = GaussianPrior(mean, cov), torch.zeros(200, 1, 8, 8)
+    x = samples(prior, like)
+    assert x.shape == like.shape
+    assert float(x.mean()) == pytest.approx(MEAN, abs=0.02)
+    assert float(x.var()) == pytest.approx(VARIANCE, rel=0.1)
+    scale = torch.tensor([-1.0, 3.0])
+    expected = torch.tensor([0.0, 0.25, 1.0])
+    assert torch.equal(shown(torch.tensor([-2.0, 0.0, 3.5]), scale), expected)
 
 
 # --- several processes

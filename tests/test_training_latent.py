@@ -107,8 +107,11 @@ def test_a_run_that_is_cut_goes_on_to_the_same_weights(photos: Path) -> None:
 
 def test_what_a_run_leaves(photos: Path, generator: Generator) -> None:
     """A prior whose latents of the training data have mean 0 and variance 1."""
-    card = train_latent(config(photos), photos / "out", seed=0)
+    pytest.importorskip("tensorboard")
+    card = train_latent(config(photos, tensorboard=True), photos / "out", seed=0)
     assert card is not None
+    for part in ("autoencoder", "unet"):
+        assert list((photos / "out" / "tensorboard" / part).iterdir())
     told = json.loads(card.read_text())
     assert told["licence"] == "CC0-1.0"
     assert set(told["held_out"]) == {"reconstruction_psnr", "latent_denoising_db"}
@@ -126,3 +129,10 @@ def test_the_network_must_take_the_latents(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"set network\.channels = 4"):
         train_latent(bad, photos / "out", seed=0)
     assert not (photos / "out").exists()
+
+
+def test_a_latent_network_predicts_edm_s_mixture(photos: Path) -> None:
+    opt = {"images": 40, "batch": 4, "predicts": "flow"}
+    bad = config(photos, optimisation=opt)
+    with pytest.raises(ValueError, match=r"leave optimisation\.predicts out"):
+        train_latent(bad, photos / "out", seed=0)

@@ -1,9 +1,11 @@
 """The training loop: runs that are killed, batches that are divided."""
 
+import importlib
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +32,15 @@ def task() -> Task:
     def measure(net: nn.Sequential) -> list[float]:
         return [float(next(net.parameters()).detach().sum())]
 
-    return Task(make, batch, loss, measure, NAMES)
+    def sheet(net: nn.Sequential) -> Tensor:
+        return measure(net)[0] * torch.ones(3, 1, 4, 4) % 1
+
+    return Task(make, batch, loss, measure, NAMES, sheet)
 
 
-def run(out: Path, seed: int = 0, progress=iter, **changes) -> dict[str, Tensor]:
+def run(
+    out: Path, seed: int = 0, progress=iter, board: Path | None = None, **changes
+) -> dict[str, Tensor]:
     """The averaged weights after 20 steps of 8, with a checkpoint after each third."""
     opt = Optimisation.model_validate(
         {"images": 160, "batch": 8, "warmup": 5, "lr": 1e-2, "ema": 0.9} | changes
@@ -47,6 +54,7 @@ def run(out: Path, seed: int = 0, progress=iter, **changes) -> dict[str, Tensor]
         seed=seed,
         every=24,
         progress=progress,
+        board=board,
     )
     assert done
     return net.state_dict()
@@ -86,12 +94,13 @@ if {where!r} == "step":
     here.run(Path({out!r}), progress=dying)
 else:
     save, torch.save = torch.save, torn
-    here.run(Path({out!r}))
+    here.run(Path({out!r}), board=Path({out!r}) / "board")
 """
 
 
 @pytest.mark.parametrize("where", ["step", "checkpoint"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, where: str) -> None:
+    pytest.importorskip("tensorboard")
     whole = run(tmp_path / "whole")
     cut = tmp_path / "cut"
     code = KILLED.format(tests=str(Path(__file__).parent), out=str(cut), where=where)
@@ -99,10 +108,15 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, where: str) -> None:
     assert died.returncode == -signal.SIGKILL
     kept = torch.load(cut / "net.pt", weights_only=True)["step"]
     assert kept == 6  # the last whole checkpoint
-    assert same(whole, run(cut))
+    for file in cut.glob("board/*"):  # a run of the same second may be read before it
+        file.rename(file.with_name("events.out.tfevents.0"))
+    assert same(whole, run(cut, board=cut / "board"))
     tables = [(folder / "net.csv").read_bytes() for folder in (tmp_path / "whole", cut)]
     assert tables[0] == tables[1]
     assert not same(whole, run(tmp_path / "other", seed=1))
+    if where == "checkpoint":  # what was told of it before it was whole is told once
+        rows = np.loadtxt(cut / "net.csv", delimiter=",", skiprows=1)
+        curve_is(events(cut / "board"), "loss", rows[:, 0].tolist(), rows[:, 1])
 
 
 @pytest.mark.parametrize("steps", [3, 4])
@@ -187,3 +201,52 @@ def test_compiled_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not graphs
     assert close(plain, run(tmp_path / "compiled", compile=True), 1e-6)
     assert graphs
+
+
+def events(folder: Path) -> Any:
+    name = "tensorboard.backend.event_processing.event_accumulator"
+    return importlib.import_module(name).EventAccumulator(str(folder)).Reload()
+
+
+def curve_is(told: Any, name: str, steps: list[int], values: Any) -> None:
+    points = told.Scalars(name)
+    assert [point.step for point in points] == steps
+    np.testing.assert_allclose([p.value for p in points], values, rtol=1e-6)
+
+
+def test_the_curves_are_the_table_s(tmp_path: Path) -> None:
+    """And showing them changes nothing."""
+    pytest.importorskip("tensorboard")
+    plain = run(tmp_path / "plain")
+    assert same(plain, run(tmp_path, board=tmp_path / "board"))
+    told, steps = events(tmp_path / "board"), [24 * k for k in range(1, 7)]
+    rows = np.loadtxt(tmp_path / "net.csv", delimiter=",", skiprows=1)
+    assert rows[:, 0].tolist() == steps
+    curve_is(told, "loss", steps, rows[:, 1])
+    curve_is(told, "weight", steps, rows[:, 2])
+    plan = Plan(Optimisation(images=160, batch=8, warmup=5))
+    rates = [1e-2 * plan.rate(3 * k - 1) for k in range(1, 7)]
+    curve_is(told, "learning_rate", steps, rates)
+
+
+def test_the_sheets_are_of_the_averaged_network(tmp_path: Path) -> None:
+    """Here a plain grey that is the first weights' sum."""
+    pytest.importorskip("tensorboard")
+    imageio = pytest.importorskip("imageio.v3")
+    run(tmp_path, board=tmp_path / "board")
+    sheets = events(tmp_path / "board").Images("samples")
+    rows = np.loadtxt(tmp_path / "net.csv", delimiter=",", skiprows=1)
+    expected = {int(seen): 255 * (total % 1) for seen, _, total in rows}
+    for sheet in sheets:  # the reader keeps some of them
+        grey = imageio.imread(sheet.encoded_image_string).flat[20]
+        assert abs(grey - expected[sheet.step]) <= 1
+    assert len(sheets) > 1
+
+
+def test_without_tensorboard_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"invsolve\[train\]"):
+        run(tmp_path, board=tmp_path / "board")
+    assert not (tmp_path / "net.pt").exists()
