@@ -70,10 +70,10 @@ class Method:
     """Of so many steps; 0 for the same."""
 
 
-LAMS = tuple({"lam": v} for v in (0.03, 0.1, 0.3, 1.0))
-OMEGAS = tuple({"omega": v, "gamma": v / 10} for v in (0.1, 0.3, 1.0, 3.0))
-ZETAS = tuple({"zeta": v} for v in (0.1, 0.3, 1.0, 3.0))
-WEIGHTS = tuple({"lam": v} for v in (10.0, 30.0, 100.0, 300.0))
+LAMS = tuple({"lam": v} for v in (1.0, 3.0, 10.0, 30.0))
+OMEGAS = tuple({"omega": v, "gamma": v / 10} for v in (1.0, 3.0, 10.0, 30.0))
+ZETAS = tuple({"zeta": v} for v in (1.0, 3.0, 10.0, 30.0))
+WEIGHTS = tuple({"lam": v} for v in (3.0, 10.0, 30.0, 100.0))
 FIRST: Mapping[str, Any] = {"trace": "off"}
 METHODS: Mapping[str, Method] = {
     "STSL": Method(stsl, 50, LAMS),
@@ -82,7 +82,7 @@ METHODS: Mapping[str, Method] = {
     "PSLD, 100": Method(psld, 100, OMEGAS),
     "LDPS, 100": Method(ldps, 100, ZETAS),
     "ReSample": Method(resample, 100, WEIGHTS),
-    "PSLD, 1000": Method(psld, 1000, OMEGAS, tuned_at=100),
+    "PSLD, 1000": Method(psld, 1000, OMEGAS, tuned_at=250),
 }
 
 
@@ -201,7 +201,7 @@ def docs(args: argparse.Namespace) -> None:
         "",
         f"{found['images']} squares, one draw each; the autoencoder alone: "
         f"{coded['psnr']:.2f} dB, SSIM {coded['ssim']:.3f}. Options were chosen among four "
-        f"on {found['tune']} others (of PSLD with 1000 steps, with 100). Passes of the "
+        f"on {found['tune']} others (of PSLD with 1000 steps, with 250). Passes of the "
         "latent network and seconds for one image, network in bf16, on a machine that "
         f"did other work as well; {found['date']}, {found['machine']}, seed 0. Made by "
         "`python benchmarks/latent.py run`.",
