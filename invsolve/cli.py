@@ -389,7 +389,11 @@ def simulate(
     where = _device(device)
     _lookup(OPERATORS, operator, "operator")
     whole = _read_image(image, unit, pixel_mm)
-    first, last = _range(whole, slice_, slices)
+    if whole.colour and (slice_ is not None or slices is not None):
+        raise ValueError(f"{image} is one picture: leave out --slice and --slices")
+    if whole.colour and operator in (*TOMOGRAPHY, "mri"):
+        raise ValueError(f"{operator} is of grey images: convert {image} to grey first")
+    first, last = (0, 3) if whole.colour else _range(whole, slice_, slices)
     chosen = whole.slices(first, last)
     x, kind = _to_solve(chosen)
     generator = Generator().manual_seed(seed)
@@ -429,6 +433,7 @@ def simulate(
             "image": image.name,
             "image_sha256": sha256(image),
             "slices": [first, last],
+            "colour": whole.colour,
             "seed": seed,
         },
     )
@@ -505,9 +510,9 @@ def solve(
 ) -> None:
     """Reconstruct images from measurements.
 
-    Writes mean.nii.gz, std.nii.gz (of posterior samples only), report.png, report.html
-    and result.json. CT is in HU. A sinogram is (views, detectors) or (slices, views,
-    detectors), line integrals of attenuation without a unit.
+    Writes mean.nii.gz (and mean.png, if it has colours), std.nii.gz (of posterior samples
+    only), report.png, report.html and result.json. CT is in HU. A sinogram is (views,
+    detectors) or (slices, views, detectors), line integrals of attenuation without a unit.
     """
     _need("nibabel", "matplotlib", "jinja2", *(["skimage"] if truth else []))
     where = _device(device)
@@ -526,6 +531,11 @@ def solve(
         "counts": counts,
     }
     m = _read_measurements(measurements, raw)
+    colour = _has_colours(m)
+    if colour and whole:
+        raise ValueError(
+            f"{sampler} is for stacks of slices, not for a picture: use dds"
+        )
     try:
         problem = InverseProblem(
             m.y, _build_operator(m.operator), _build_noise(m.noise)
@@ -565,8 +575,11 @@ def solve(
         )
     if whole:
         solution = _slice_by_slice(solution)
+    if colour:  # shown and written as three slices
+        samples = solution.samples.movedim(2, 1)
+        solution = dataclasses.replace(solution, samples=samples)
     options = {k: str(v) if isinstance(v, Solver) else v for k, v in options.items()}
-    result = Result.of(sampler, solution, m.unit, true, options)
+    result = Result.of(sampler, solution, m.unit, true, options, colour=colour)
     simulated = bool(m.note.get("simulated", False))
     source = {"file": measurements.name, "sha256": sha256(measurements)}
     if "image" in m.note:
@@ -576,7 +589,8 @@ def solve(
     facts = source if loaded is None else source | _prior_facts(read_card(prior)[0])
     report = Report(
         title=f"Reconstruction by {sampler}",
-        summary=f"{len(m.y)} slice{'s' if len(m.y) > 1 else ''}"
+        summary=f"{len(m.y)} {'picture' if colour else 'slice'}"
+        f"{'s' if len(m.y) > 1 else ''}"
         f"{' of one volume' if whole else ''}, "
         f"{each} sample{'s' if each > 1 else ''}{'' if whole else ' each'}. "
         + (
@@ -589,6 +603,7 @@ def solve(
         truth=true,
         window=limits,
         spacing=m.spacing if whole else None,
+        colour=colour,
         facts={
             "Measurements": _measured(problem, simulated=simulated),
             "Data": facts,
@@ -612,6 +627,9 @@ def solve(
         _write_image(folder / "mean.nii.gz", result.image, m)
         if result.std is not None:
             _write_image(folder / "std.nii.gz", result.std, m, spread=True)
+        if colour:
+            picture = io.Image(result.image.float().cpu(), m.affine, colour=True)
+            io.write(folder / "mean.png", picture)
         if save_samples:
             stack = shown(solution.samples[:, :, 0], m.unit).cpu().numpy()
             np.save(folder / "samples.npy", stack)
@@ -974,14 +992,15 @@ def _window(text: str | None) -> tuple[float, float] | None:
 def _read_image(path: Path, unit: str | None, pixel_mm: float | None) -> io.Image:
     if unit not in (None, "none", *get_args(io.Unit)):
         raise ValueError(f"unknown unit {unit!r}: HU, 1/mm or none")
-    image = io.read(path, "" if unit == "none" else unit)  # pyright: ignore
+    given: Any = "" if unit == "none" else unit
+    image = io.read(path, given, colour=True)
     if pixel_mm is not None:
         if not (pixel_mm > 0 and math.isfinite(pixel_mm)):
             raise ValueError(f"--pixel-mm must be > 0, got {pixel_mm}")
         affine = image.affine.copy()
         affine[:, 0] *= pixel_mm / image.spacing[2]
         affine[:, 1] *= pixel_mm / image.spacing[1]
-        image = io.Image(image.values, affine, image.unit)
+        image = dataclasses.replace(image, affine=affine)
     if image.unit == "1/mm" and image.values.abs().max() > 1:
         raise ValueError(
             f"{path} reaches {float(image.values.abs().max()):.4g}, but attenuation is "
@@ -1019,10 +1038,10 @@ def _middle(image: io.Image) -> int:
 
 
 def _to_solve(image: io.Image) -> tuple[Tensor, io.Unit]:
-    """What is measured, (slices, 1, h, w), and its unit: HU becomes attenuation."""
+    """What is measured and its unit, of HU 1/mm: (slices, 1, h, w) or (1, 3, h, w)."""
     if image.unit == "HU":
         return hu_to_mu(image.values[:, None]), "1/mm"
-    return image.values[:, None], image.unit
+    return image.values[None] if image.colour else image.values[:, None], image.unit
 
 
 def _describe(
@@ -1206,16 +1225,20 @@ def _load_array(path: Path) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
+def _has_colours(m: io.Measurements) -> bool:
+    return m.note.get("colour") is True
+
+
 def _read_truth(path: Path, m: io.Measurements) -> Tensor:
     """The true slices in the unit that is shown, those that were measured."""
     unit = shown_unit(m.unit)
-    image = io.read(path)
+    image = io.read(path, colour=_has_colours(m))
     if unit == "HU" and image.unit == "" and image.values.abs().max() <= 1:
         image = io.Image(image.values, image.affine, "1/mm")
     values = shown(image.values, image.unit)
     if unit == "HU":
         values = values.clamp_min(-1000)
-    slices, n = m.note.get("slices"), len(m.y)
+    slices, n = m.note.get("slices"), 3 if _has_colours(m) else len(m.y)
     if len(values) != n and isinstance(slices, list) and len(slices) == 2:
         values = values[int(slices[0]) : int(slices[1])]
     shape = m.operator.get("shape") or m.operator["mask"].shape[-2:]
@@ -1316,6 +1339,7 @@ def _check_writable(path: Path) -> None:
 
 OUTPUTS = (
     "mean.nii.gz",
+    "mean.png",
     "std.nii.gz",
     "samples.npy",
     "report.png",

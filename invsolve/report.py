@@ -84,6 +84,8 @@ class Result:
         unit: Unit,
         truth: Volume | None = None,
         settings: Mapping[str, Any] | None = None,
+        *,
+        colour: bool = False,
     ) -> "Result":
         """The result to show: attenuation becomes HU, the rest stays what it is.
 
@@ -96,6 +98,7 @@ class Result:
             unit: of the solution; of 1/mm the result is in HU.
             truth: (slices, h, w), in the unit that is shown.
             settings: the sampler's options, for the record.
+            colour: whether the slices are one picture's colours, scored together.
         """
         image, spread, sample = shown(solution.mean[:, 0], unit), None, None
         if solution.kind != "point_estimate" and len(solution.samples) > 1:
@@ -104,7 +107,9 @@ class Result:
             per_unit = 1000 / MU_WATER if unit == "1/mm" else 1.0
             spread = per_unit * solution.std[:, 0]
         scores = (
-            (None, None) if truth is None else score(image, truth, shown_unit(unit))
+            (None, None)
+            if truth is None
+            else score(image, truth, shown_unit(unit), colour=colour)
         )
         return cls(
             name,
@@ -129,10 +134,19 @@ def shown_unit(unit: Unit) -> Unit:
     return "HU" if unit == "1/mm" else unit
 
 
-def score(image: Volume, truth: Volume, unit: Unit) -> tuple[Tensor, Tensor]:
-    """PSNR and SSIM of each slice; see `Result.of` for their range and region."""
+def score(
+    image: Volume, truth: Volume, unit: Unit, *, colour: bool = False
+) -> tuple[Tensor, Tensor]:
+    """PSNR and SSIM of each slice; see `Result.of` for their range and region.
+
+    Of a picture in colours they are one number each: PSNR over all colours, and the mean
+    of their SSIMs.
+    """
     x, x_true = image[:, None], truth[:, None]
     body, span = _region(truth, unit)
+    if colour:
+        flat = (t.flatten(0, 1)[None, None] for t in (image, truth))
+        return psnr(*flat, span), ssim(x, x_true, span).mean(0, keepdim=True)
     return psnr(x, x_true, span, body), ssim(x, x_true, span, body)
 
 
@@ -160,6 +174,8 @@ class Report:
         measured: a few lines for the figure that say what was measured.
         spacing: millimetres from voxel to voxel along (z, y, x), of slices that are one
             volume: the page then shows it from three sides, too.
+        colour: whether the three slices are the colours of one picture, with values
+            from 0 to 1.
     """
 
     title: str
@@ -171,12 +187,24 @@ class Report:
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     measured: str = ""
     spacing: tuple[float, float, float] | None = None
+    colour: bool = False
+
+    @property
+    def pictures(self) -> int:
+        """How many there are to show of each method."""
+        return 1 if self.colour else len(self.results[0].image)
+
+    def picture(self, volume: Volume, index: int) -> Tensor:
+        """One of them: (h, w), or (h, w, 3) with colours."""
+        return volume.movedim(0, -1) if self.colour else volume[index]
 
     @cached_property
     def limits(self) -> tuple[float, float]:
         """The window, chosen if none was given."""
         if self.window is not None:
             return self.window
+        if self.colour:
+            return 0.0, 1.0
         if self.unit == "HU":
             return SOFT_TISSUE
         reference = self.results[-1].image if self.truth is None else self.truth
@@ -222,7 +250,7 @@ def save_page(path: Path, report: Report, *, most: int = 6) -> None:
         report: what to tell.
         most: slices that are shown; the middle one first, the others evenly spread.
     """
-    n = len(report.results[0].image)
+    n = report.pictures
     first = middle(report)
     spread = torch.linspace(0, n - 1, min(n, most)).round().long().tolist()
     others = [k for k in dict.fromkeys(spread) if k != first][: most - 1]
@@ -297,7 +325,7 @@ def render(template: str, **values: Any) -> str:
 
 def middle(report: Report) -> int:
     """The slice in the middle of the stack."""
-    return len(report.results[0].image) // 2
+    return report.pictures // 2
 
 
 def _embedded(report: Report, index: int) -> str:
@@ -377,24 +405,25 @@ def figure(report: Report, index: int) -> bytes:
 def _one_method(report: Report, index: int) -> bytes:
     result, truth = report.results[0], report.truth
     panels: list[tuple[str, str, Tensor, str, tuple[float, float]]] = []
-    image = result.image[index]
+    image = report.picture(result.image, index)
     if truth is not None:
         number = _number(index, report)
-        panels.append(("Truth", number, truth[index], GREY, report.limits))
+        true = report.picture(truth, index)
+        panels.append(("Truth", number, true, GREY, report.limits))
     many, crop = result.sample is not None, report.crop(index)
     below = f"mean of {result.samples}" if many else _number(index, report)
     if result.psnr is not None:
         below = _scores(result, index)
     panels.append((result.name, below, image, GREY, report.limits))
     if result.sample is not None:
-        one = result.sample[index]
+        one = report.picture(result.sample, index)
         panels.append(("One sample", f"of {result.samples}", one, GREY, report.limits))
     if truth is not None:
-        error = image - truth[index]
+        error = _grey(image - report.picture(truth, index))
         limit = _round_up(_high(error[crop].abs(), 98.0))
         panels.append(("Error", "mean minus truth", error, SIGNED, (-limit, limit)))
     if result.std is not None:
-        std = result.std[index]
+        std = _grey(report.picture(result.std, index))
         limit = _round_up(_high(std[crop], 99.0))
         what = "of the posterior samples"
         panels.append(("Std. deviation", what, std, SPREAD, (0.0, limit)))
@@ -403,14 +432,18 @@ def _one_method(report: Report, index: int) -> bytes:
         axes = canvas.place(0, column)
         drawn = canvas.show(axes, values[crop], cmap, limits)
         canvas.title(axes, name, text)
-        canvas.scale_below(column, drawn, "max" if cmap == SPREAD else "both")
+        if values.ndim == 2:
+            canvas.scale_below(column, drawn, "max" if cmap == SPREAD else "both")
     return canvas.png()
 
 
 def _many_methods(report: Report, index: int) -> bytes:
     results, truth, crop = report.results, report.truth, report.crop(index)
-    images = [result.image[index][crop] for result in results]
-    stds = [None if r.std is None else r.std[index][crop] for r in results]
+    images = [report.picture(result.image, index)[crop] for result in results]
+    stds = [
+        None if r.std is None else _grey(report.picture(r.std, index))[crop]
+        for r in results
+    ]
     known = [std for std in stds if std is not None]
     ahead = 0 if truth is None else 1
     canvas = _Canvas(
@@ -427,14 +460,14 @@ def _many_methods(report: Report, index: int) -> bytes:
         drawn = canvas.show(axes, image, GREY, report.limits)
         scores = SHORT[result.kind] if truth is None else _scores(result, index)
         canvas.title(axes, result.name, scores)
-    canvas.name_row(0, "image", drawn, "both")
+    canvas.name_row(0, "image", None if report.colour else drawn, "both")
     if truth is not None:
-        true = truth[index][crop]
+        true = report.picture(truth, index)[crop]
         axes = canvas.place(0, 0)
         canvas.show(axes, true, GREY, report.limits)
         canvas.title(axes, "Truth", _number(index, report))
         canvas.note(canvas.place(1, 0), report.measured)
-        errors = [image - true for image in images]
+        errors = [_grey(image - true) for image in images]
         limit = _round_up(float(np.median([_high(e.abs(), 98.0) for e in errors])))
         for column, error in enumerate(errors, 1):
             axes = canvas.place(1, column)
@@ -518,7 +551,10 @@ class _Canvas:
     def show(
         self, axes: Any, image: Tensor, cmap: str, limits: tuple[float, float]
     ) -> Any:
-        """Draw an image so that it fills its axes."""
+        """Draw an image so that it fills its axes; with colours it has no map."""
+        if image.ndim == 3:
+            low, high = limits
+            image = ((image - low) / (high - low)).clamp(0, 1)
         return axes.imshow(
             image.cpu().numpy(),
             cmap=cmap,
@@ -564,8 +600,9 @@ class _Canvas:
     def name_row(self, row: int, label: str, drawn: Any, extend: str) -> None:
         """The row's name on its left, and its scale on its right."""
         x, y = self.corner(row, self.columns)
-        axes = self.box(x, y + 0.03 * self.tall, self.BAR, 0.94 * self.tall)
-        self._scale(axes, drawn, extend, "vertical")
+        if drawn is not None:
+            axes = self.box(x, y + 0.03 * self.tall, self.BAR, 0.94 * self.tall)
+            self._scale(axes, drawn, extend, "vertical")
         self.figure.text(
             (self.left - 0.16) / self.width,
             1 - (y + self.tall / 2) / self.height,
@@ -610,8 +647,13 @@ def _ticks() -> Any:
     return MaxNLocator(nbins=5, steps=[1, 2, 4, 5, 10])
 
 
+def _grey(image: Tensor) -> Tensor:
+    """Of an error or a spread with colours, the mean over them."""
+    return image.mean(-1) if image.ndim == 3 else image
+
+
 def _number(index: int, report: Report) -> str:
-    n = len(report.results[0].image)
+    n = report.pictures
     return f"slice {index + 1} of {n}" if n > 1 else " "
 
 

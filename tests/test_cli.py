@@ -169,6 +169,43 @@ def test_the_network_in_bf16(measured, prior, tmp_path):
     assert record["settings"]["precision"] == "bf16"
 
 
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A ramp of red, a ramp of green and no blue."""
+    ramp = torch.linspace(0, 1, 32).expand(32, 32)
+    x = torch.stack([ramp, ramp.T, torch.zeros(32, 32)])
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    io.write(path, io.Image(x, np.eye(4), colour=True))
+    return path
+
+
+def test_a_picture_in_colours(picture, tmp_path, capsys):
+    y, out = tmp_path / "y.npz", tmp_path / "out"
+    words = ("--operator", "blur", "--width", 0.5, "--sigma", 0.001)
+    run("simulate", picture, "-o", y, *words)
+    assert io.load_measurements(y).y.shape == (1, 3, 32, 32)
+    run("solve", y, "-o", out, "--sampler", "cgls", "--truth", picture)
+    made, truth = (io.read(p, colour=True).values for p in (out / "mean.png", picture))
+    assert (made - truth).abs().mean() < 0.01
+    [row] = json.loads((out / "result.json").read_text())["results"]
+    exact = io.read(out / "mean.nii.gz").values
+    mse = float((exact - truth).square().mean())
+    [db] = row["metrics"]["psnr_db"]  # over all colours as one
+    assert db == pytest.approx(-10 * np.log10(mse), abs=1e-3)
+    assert "1 picture, 1 sample each" in (out / "report.html").read_text()
+
+
+def test_colours_where_they_make_no_sense(refused, picture, prior, tmp_path):
+    out = tmp_path / "y.npz"
+    assert "grey images" in refused("simulate", picture, "-o", out, "--operator", "mri")
+    words = ("simulate", picture, "-o", out, "--operator", "blur")
+    assert "leave out --slice" in refused(*words, "--slice", 1)
+    run(*words)
+    solve = ("solve", out, "-o", tmp_path / "out", "--prior", prior)
+    assert "measurements in no unit" in refused(*solve)
+    assert "not for a picture" in refused(*solve[:4], "--sampler", "dds3d")
+
+
 @pytest.mark.parametrize("sampler", ["dds3d", "mbir"])
 def test_a_stack_as_one_volume(sampler, measured, prior, phantom, tmp_path, capsys):
     out = tmp_path / "out"

@@ -121,6 +121,29 @@ def test_numbers_of_any_kind_are_read(
     assert image.spacing == (1, 1, 1)
 
 
+def test_colours_are_read_and_written_where_they_are_asked_for(tmp_path: Path) -> None:
+    levels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    skimage_io.imsave(tmp_path / "a.png", levels, check_contrast=False)
+    image = io.read(tmp_path / "a.png", colour=True)
+    assert image.colour and image.values.shape == (3, 4, 5)
+    assert_close(image.values[2, 1, 0], torch.tensor(float(levels[1, 0, 2]) / 255))
+    io.write(tmp_path / "b.png", image)
+    assert np.array_equal(skimage_io.imread(tmp_path / "b.png"), levels)
+    grey = io.Image.from_array(torch.tensor([[-1.0, 0.0], [0.5, 2.0]]))
+    io.write(tmp_path / "c.png", grey)
+    assert skimage_io.imread(tmp_path / "c.png").tolist() == [[0, 0], [128, 255]]
+    assert not io.read(tmp_path / "c.png", colour=True).colour
+
+
+def test_what_is_no_picture_is_not_written_as_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a picture is of one slice"):
+        io.write(tmp_path / "a.png", io.Image.from_array(torch.zeros(2, 4, 4)))
+    clear = np.zeros((4, 4, 4), np.uint8)
+    skimage_io.imsave(tmp_path / "clear.png", clear, check_contrast=False)
+    with pytest.raises(ValueError, match="expected 3 colours, got 4"):
+        io.read(tmp_path / "clear.png", colour=True)
+
+
 @pytest.mark.parametrize("ending", [".png", ".tif"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_pictures_run_from_zero_to_one(
@@ -282,8 +305,8 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
 
 def test_only_known_endings_are_written(tmp_path: Path) -> None:
     image = io.Image.from_array(torch.ones(4, 5))
-    with pytest.raises(ValueError, match=r"must end in \.nii\.gz or \.npy"):
-        io.write(tmp_path / "a.png", image)
+    with pytest.raises(ValueError, match=r"must end in \.nii\.gz, \.npy or \.png"):
+        io.write(tmp_path / "a.jpg", image)
     assert list(tmp_path.iterdir()) == []
 
 

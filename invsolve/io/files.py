@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +16,11 @@ READABLE = ".nii, .nii.gz, .npy, .png, .tif, .jpg"
 
 
 def read(
-    path: str | Path, unit: Unit | None = None, *, axes: str | None = None
+    path: str | Path,
+    unit: Unit | None = None,
+    *,
+    axes: str | None = None,
+    colour: bool = False,
 ) -> Image:
     """The image in a file: NIfTI, NumPy or a picture, told by the name's ending.
 
@@ -28,6 +33,7 @@ def read(
             −100 is taken for Hounsfield units, and everything else has none.
         axes: where a NIfTI array's axes point, such as ``"RAS"``, for a file whose
             affine is known to be wrong; voxel sizes are still taken from it.
+        colour: take pictures with colours, too; see `Image`.
 
     Raises:
         ValueError: the file is missing, truncated, not an image, or not finite.
@@ -43,7 +49,8 @@ def read(
             array = np.load(path, allow_pickle=False)
             image = Image.from_array(_stack(array))
         elif name.endswith((".png", ".tif", ".tiff", ".jpg", ".jpeg")):
-            image = Image.from_array(_stack(_read_picture(path)))
+            image = Image.from_array(_stack(_read_picture(path, colour)))
+            image = replaced(image, colour=len(image.values) == 3)
         else:
             raise ValueError(f"unknown kind of file; it can be {READABLE}")
     except ModuleNotFoundError:
@@ -60,11 +67,15 @@ def read(
     if unit is None:
         hounsfield = name.endswith((".nii", ".nii.gz")) and image.values.min() < -100
         unit = "HU" if hounsfield else ""
-    return Image(image.values, image.affine, unit)
+    return replaced(image, unit=unit)
 
 
 def write(path: str | Path, image: Image) -> None:
-    """Write an image, all of it or nothing: NIfTI (with its affine) or NumPy."""
+    """Write an image, all of it or nothing.
+
+    NIfTI (with its affine) and NumPy keep the numbers; a picture (.png) has 256 levels
+    from 0 to 1, and is of one slice or in colours.
+    """
     path = Path(path)
     array = image.values.detach().cpu().numpy()
     if path.name.endswith((".nii", ".nii.gz")):
@@ -76,8 +87,14 @@ def write(path: str | Path, image: Image) -> None:
         replace(path, lambda partial: nib.save(volume, partial), ending)
     elif path.suffix == ".npy":
         replace(path, lambda partial: np.save(partial, array), ".npy")
+    elif path.suffix == ".png":
+        if not (image.colour or len(array) == 1):
+            raise ValueError(f"cannot write {path}: a picture is of one slice")
+        _write_picture(path, array if image.colour else array[0])
     else:
-        raise ValueError(f"cannot write {path}: the name must end in .nii.gz or .npy")
+        raise ValueError(
+            f"cannot write {path}: the name must end in .nii.gz, .npy or .png"
+        )
 
 
 def replace(path: Path, save: Callable[[str], object], ending: str = "") -> None:
@@ -114,14 +131,26 @@ def _stack(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
-def _read_picture(path: Path) -> np.ndarray:
+def _write_picture(path: Path, array: np.ndarray) -> None:
+    from skimage.io import imsave
+
+    levels = np.round(255 * array.clip(0, 1)).astype(np.uint8)
+    pixels = levels.transpose(1, 2, 0) if levels.ndim == 3 else levels
+    replace(path, lambda partial: imsave(partial, pixels, check_contrast=False), ".png")
+
+
+def _read_picture(path: Path, colour: bool) -> np.ndarray:
     from skimage.io import imread
 
     with path.open("rb") as file:  # given a name, it leaves a damaged picture open
         tiff = path.suffix.lower() in (".tif", ".tiff")
         array = np.asarray(imread(path if tiff else file))
-    if array.ndim == 3:
+    if array.ndim == 3 and not colour:
         raise ValueError("it has colours: convert it to grey first")
+    if array.ndim == 3:
+        if array.shape[-1] != 3:
+            raise ValueError(f"expected 3 colours, got {array.shape[-1]} channels")
+        array = array.transpose(2, 0, 1)
     return array / np.iinfo(array.dtype).max if array.dtype.kind == "u" else array
 
 

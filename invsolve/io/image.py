@@ -1,6 +1,6 @@
 """An image as it is in a file: values, where they lie, and in what unit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import numpy as np
@@ -24,11 +24,13 @@ class Image:
         affine: 4×4, from the index (x, y, z) to millimetres in the world of NIfTI (x to
             the patient's right, y to the front, z to the head).
         unit: of the values: Hounsfield units, attenuation in 1/mm, or none.
+        colour: whether the three "slices" are the red, green and blue of one picture.
     """
 
     values: Float[Tensor, "z y x"]
     affine: np.ndarray
     unit: Unit = ""
+    colour: bool = False
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -46,4 +48,4 @@ class Image:
         """The slices start … stop−1, in their place in the world."""
         affine = self.affine.copy()
         affine[:3, 3] += start * affine[:3, 2]
-        return Image(self.values[start:stop], affine, self.unit)
+        return replace(self, values=self.values[start:stop], affine=affine)
