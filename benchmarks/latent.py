@@ -76,9 +76,9 @@ ZETAS = tuple({"zeta": v} for v in (1.0, 3.0, 10.0, 30.0))
 WEIGHTS = tuple({"lam": v} for v in (3.0, 10.0, 30.0, 100.0))
 FIRST: Mapping[str, Any] = {"trace": "off"}
 METHODS: Mapping[str, Method] = {
-    "STSL": Method(stsl, 50, LAMS),
-    "STSL, no trace": Method(stsl, 50, LAMS, FIRST),
-    "STSL, no trace, K = 2": Method(stsl, 50, LAMS, {**FIRST, "averages": 2}),
+    "STSL, K = 2": Method(stsl, 50, LAMS, {"averages": 2}),
+    "STSL, K = 2, no trace": Method(stsl, 50, LAMS, {**FIRST, "averages": 2}),
+    "STSL, K = 5, no trace": Method(stsl, 50, LAMS, FIRST),
     "PSLD, 100": Method(psld, 100, OMEGAS),
     "LDPS, 100": Method(ldps, 100, ZETAS),
     "ReSample": Method(resample, 100, WEIGHTS),
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
     assert isinstance(prior, LatentPrior)
     test = photos(args.data, "test", args.images)
     tune = photos(args.data, "tune", args.tune)
-    pairs = [(m, t) for m in METHODS for t in OPERATORS]
+    pairs = [(m, t) for t in OPERATORS for m in METHODS]
     for label, name in tqdm(pairs, desc="latent samplers"):
         rows, method = found.setdefault(name, {}), METHODS[label]
         if label in rows:
@@ -216,7 +216,7 @@ def main() -> None:
     data = Path(os.environ.get("INVSOLVE_DATA", "."))
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--tune", type=int, default=4)
+    parser.add_argument("--tune", type=int, default=2)
     parser.add_argument("--docs", type=Path, default=Path("docs/latent.md"))
     args = parser.parse_args()
     {"run": run, "docs": docs}[args.what](args)
