@@ -576,8 +576,8 @@ def solve(
     if whole:
         solution = _slice_by_slice(solution)
     if colour:  # shown and written as three slices
-        samples = solution.samples.movedim(2, 1)
-        solution = dataclasses.replace(solution, samples=samples)
+        as_slices = solution.samples.movedim(2, 1)
+        solution = dataclasses.replace(solution, samples=as_slices)
     options = {k: str(v) if isinstance(v, Solver) else v for k, v in options.items()}
     result = Result.of(sampler, solution, m.unit, true, options, colour=colour)
     simulated = bool(m.note.get("simulated", False))

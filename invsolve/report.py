@@ -145,8 +145,8 @@ def score(
     x, x_true = image[:, None], truth[:, None]
     body, span = _region(truth, unit)
     if colour:
-        flat = (t.flatten(0, 1)[None, None] for t in (image, truth))
-        return psnr(*flat, span), ssim(x, x_true, span).mean(0, keepdim=True)
+        flat, flat_true = (t.flatten(0, 1)[None, None] for t in (image, truth))
+        return psnr(flat, flat_true, span), ssim(x, x_true, span).mean(0, keepdim=True)
     return psnr(x, x_true, span, body), ssim(x, x_true, span, body)
 
 
