@@ -118,7 +118,7 @@ def methods(steps: int) -> dict[str, Method]:
         "fbp": Method("FBP", samplers.fbp, tasks=tuple(TASKS)[:4]),
         "zero-filled": Method("zero-filled", zero_filled, tasks=("mr-8",)),
         "tv": Method(
-            "ADMM-TV 3D", samplers.tv, {"lam": (1.0, 100.0, 10.0)}, {"steps": 60}
+            "ADMM-TV 3D", samplers.tv, {"lam": (1.0, 100.0, 10.0)}, {"steps": 200}
         ),
         "dds": Method(
             "DDS, slice by slice",
