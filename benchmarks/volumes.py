@@ -116,6 +116,7 @@ def methods(steps: int) -> dict[str, Method]:
     z_tv = {**passes, "eta": 1.0}
     return {
         "fbp": Method("FBP", samplers.fbp, tasks=tuple(TASKS)[:4]),
+        "sirt": Method("SIRT", samplers.sirt, tasks=tuple(TASKS)[:4]),
         "zero-filled": Method("zero-filled", zero_filled, tasks=("mr-8",)),
         "tv": Method(
             "ADMM-TV 3D", samplers.tv, {"lam": (1.0, 100.0, 10.0)}, {"steps": 200}
@@ -539,12 +540,35 @@ def picture(path: Path, args: argparse.Namespace, task_name: str = "ct-8") -> No
     io.replace(path, lambda p: Path(p).write_bytes(png))
 
 
+def curves(path: Path, results: dict[str, Any]) -> None:
+    """Memory and time against depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted(results["depth"].values(), key=lambda r: r["depth"])
+    rows = [r for r in rows if r["chunk"] == 8]
+    depths = [r["depth"] for r in rows]
+    drawn, axes = plt.subplots(1, 2, figsize=(8, 3))
+    for what, label in (("peak", "all tensors"), ("volume", "one volume")):
+        axes[0].plot(depths, [r[what] / 2**20 for r in rows], "o-", label=label)
+    axes[0].set(xlabel="slices", ylabel="MiB", ylim=(0, None))
+    axes[0].legend(frameon=False)
+    axes[1].plot(depths, [r["seconds"] for r in rows], "o-")
+    axes[1].set(xlabel="slices", ylabel="seconds a step", ylim=(0, None))
+    drawn.tight_layout()
+    io.replace(path, lambda p: drawn.savefig(p, dpi=110, format="png"))
+
+
 def docs(args: argparse.Namespace) -> None:
     """Put the tables between the page's marks, and make its picture."""
     results = load()
     text = table(results)
     if results["depth"]:
+        curves(args.docs.with_name(args.docs.stem + "-memory.png"), results)
         text += "\n\n" + memory(results)
+        text += "\n\n![Memory and time against depth](volumes-memory.png)"
     put(args.docs, text, BEGIN, END)
     picture(args.docs.with_suffix(".png"), args)
 
