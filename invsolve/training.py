@@ -22,11 +22,12 @@ from torch.distributions import Normal
 from invsolve import io
 from invsolve.priors import AffineMap, EDMPrior, Prior, UNet, UNetConfig
 from invsolve.priors.parameterisation import preconditioning
+from invsolve.priors.unet import positions
 from invsolve.priors.weights import card_of, sha256
 from invsolve.random import randn_like
 from invsolve.samplers import unconditional
 from invsolve.shapes import per_item
-from invsolve.training_data import Data, Section, draw, load
+from invsolve.training_data import Data, Section, draw, load, load_classes
 from invsolve.training_loop import (
     Batch,
     Optimisation,
@@ -93,17 +94,29 @@ def train(
     device = device or torch.device("cpu")
     # Of the pictures' own: a run that goes on draws the same ones.
     cutting = Generator().manual_seed(seed)
-    images = load(data.train, data, cutting)
-    val = load(data.val, data, cutting)
-    val = val[torch.linspace(0, len(val) - 1, 48).long()].float()
-    network = UNetConfig.from_dict({**UNetConfig().to_dict(), **config.network})
-    _check_size(images, data.crop, network)
-    plan = Plan(opt, data.crop**2 / images[0].numel())
+    images, labels, classes = load_classes(data.train, data, cutting)
+    val = held_out(load(data.val, data, cutting))
+    network = UNetConfig.from_dict(
+        {
+            **UNetConfig(classes=len(classes), dims=data.dims).to_dict(),
+            **config.network,
+        }
+    )
+    _check_fits(images, data, network, len(classes))
+    sides = images.shape[2:]
+    plan = Plan(opt, data.crop ** len(sides) / sides.numel())
 
     def batch(step: int, generator: Generator) -> Batch:
         crop = data.crop if step < plan.crop_steps else 0
         n = opt.crop_batch if crop else opt.batch
-        return noised(draw(images, data, n, crop, generator), opt, generator)
+        x0, corners, index = draw(images, data, n, crop, generator)
+        rows = noised(x0, opt, generator)
+        if network.positions:
+            rows["position"] = positions(corners, x0.shape[2:], sides)
+        if classes:
+            told = torch.rand(n, generator=generator) >= opt.class_dropout
+            rows["label"] = torch.where(told, labels[index], len(classes))
+        return rows
 
     def prior_of(net: nn.Module) -> EDMPrior:
         return EDMPrior(net, opt.sigma_data, predicts=opt.predicts)
@@ -115,7 +128,7 @@ def train(
             partial(matching, bf16=opt.bf16),
             lambda net: denoising_psnr(prior_of(net), val.to(device)),
             tuple(f"psnr_at_{level}" for level in LEVELS),
-            lambda net: shown(samples(prior_of(net), val[:8].to(device)), val),
+            lambda net: shown(_middle(samples(prior_of(net), val[:8].to(device))), val),
         ),
         plan,
         out / "checkpoint.pt",
@@ -126,7 +139,9 @@ def train(
         every=checkpoint_every,
         progress=progress,
         stop=stop,
-        export=lambda net, seen: _export(config, network, net, seen, out, seed),
+        export=lambda net, seen: _export(
+            config, network, classes, net, seen, out, seed
+        ),
         board=out / "tensorboard" if config.tensorboard else None,
     )
     return out / f"{config.name}.json"
@@ -192,23 +207,45 @@ def shown(x: Tensor, like: Tensor) -> Tensor:
     return ((x - like.min()) / (like.max() - like.min())).clamp(0, 1)
 
 
-def _check_size(images: Tensor, crop: int, network: UNetConfig) -> None:
+def _middle(x: Tensor) -> Tensor:
+    """Of volumes, the middle slices."""
+    return x if x.ndim == 4 else x[:, :, x.shape[2] // 2]
+
+
+def held_out(images: Tensor) -> Tensor:
+    """At most 48 of them, evenly chosen."""
+    chosen = torch.linspace(0, len(images) - 1, min(48, len(images)))
+    return images[chosen.long()].float()
+
+
+def _check_fits(images: Tensor, data: Data, network: UNetConfig, classes: int) -> None:
     channels, *sides = images.shape[1:]
-    if channels != network.channels:
-        raise ValueError(
-            f"the images have {channels} channel(s), the network {network.channels}: "
-            f"set network.channels = {channels}"
-        )
-    if any(side % network.multiple_of for side in (*sides, crop)):
+    for name, has, wanted in (
+        ("channels", network.channels, channels),
+        ("classes", network.classes, classes),
+        ("dims", network.dims, data.dims),
+    ):
+        if has != wanted:
+            raise ValueError(
+                f"the images have {wanted} {name}, the network {has}: set "
+                f"network.{name} = {wanted}"
+            )
+    if any(side % network.multiple_of for side in (*sides, data.crop)):
         raise ValueError(
             f"this network needs sides that {network.multiple_of} divides, got images "
-            f"of {tuple(sides)} and crops of {crop}: change them or network.widths"
+            f"of {tuple(sides)} and crops of {data.crop}: change them or network.widths"
+        )
+    if any(side < data.crop for side in sides):
+        raise ValueError(
+            f"crops of {data.crop} are larger than the images, {tuple(sides)}: set a "
+            "smaller data.crop"
         )
 
 
 def _export(
     config: TrainConfig,
     network: UNetConfig,
+    classes: list[str],
     net: nn.Module,
     seen: int,
     out: Path,
@@ -230,6 +267,7 @@ def _export(
             **config.optimisation.model_dump(),
         },
         sha256=sha256(file),
+        **({"classes": classes} if classes else {}),
         **config.card,
     )
     text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"

@@ -1,11 +1,12 @@
-"""What a prior is trained on: slices of volumes, or squares of photographs."""
+"""What a prior is trained on: slices of volumes, volumes, or squares of photographs."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate, pad
@@ -28,9 +29,16 @@ class Data(Section):
     train: Path
     val: Path
     pattern: str = "*.nii.gz"
+    """Of the files, or of the folders that each hold a DICOM series: ``"*"``."""
+    classes: bool = False
+    """Whether the files lie in subfolders, one for each class of images."""
+    dims: Literal[2, 3] = 2
+    """2 for slices, 3 for whole volumes, all of one shape, or crops of them."""
     unit: Literal["HU", ""] = ""
     axes: str | None = None
     """Where the arrays' axes point, if their affines are wrong; see `invsolve.io.read`."""
+    window: tuple[float, float] | None = None
+    """The values, in the file's unit, to which darker and brighter ones are cut."""
     scale: float = Field(default=1.0, gt=0)
     offset: float = 0.0
     min_foreground: float = Field(default=0.005, ge=0, le=1)
@@ -54,8 +62,10 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> "Data":
-        if self.photo_crops and (self.crop or self.unit):
-            raise ValueError("crop and unit are for slices: leave them out")
+        if self.photo_crops and (self.crop or self.unit or self.dims == 3):
+            raise ValueError("crop, unit and dims are for slices: leave them out")
+        if self.window and (self.photo_crops or self.window[0] >= self.window[1]):
+            raise ValueError("window is [low, high], of slices")
         if self.grey and not self.photo_crops:
             raise ValueError("grey is for photographs: set photo_crops")
         return self
@@ -65,9 +75,17 @@ FOREGROUND = 0.25
 """What is above it in the prior's range is not background."""
 
 
+class Images(NamedTuple):
+    """All images of a folder, in the prior's range as float16, and their classes."""
+
+    values: Float[Tensor, "n channels *space"]
+    labels: Int[Tensor, " n"]
+    classes: list[str]
+
+
 def load(
     folder: Path, data: Data, generator: Generator
-) -> Float[Tensor, "n channels y x"]:
+) -> Float[Tensor, "n channels *space"]:
     """All images of a folder in the prior's range, (u − offset)/scale, as float16.
 
     Args:
@@ -78,30 +96,100 @@ def load(
     Raises:
         ValueError: no file matches, one cannot be used, or nothing is left of them.
     """
-    files = sorted(folder.glob(data.pattern))
+    return load_classes(folder, data, generator).values
+
+
+def load_classes(folder: Path, data: Data, generator: Generator) -> Images:
+    """The images that `load` gives, and the subfolder that each is from."""
+    pattern = f"*/{data.pattern}" if data.classes else data.pattern
+    files = sorted(folder.glob(pattern))
     if not files:
-        raise ValueError(f"no file matches {folder / data.pattern}: check its name")
+        raise ValueError(f"no file matches {folder / pattern}: check its name")
     if data.photo_crops:
-        return _squares(files, data, generator)
-    return _slices(files, data)
+        values = _squares(files, data, generator)
+        counts = [data.photo_crops] * len(files)
+    else:
+        values, counts = _slices(files, data)
+    of_file = [file.relative_to(folder).parts[0] for file in files]
+    classes = sorted(set(of_file)) if data.classes else []
+    numbers = [classes.index(name) if classes else 0 for name in of_file]
+    labels = torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
+    return Images(values, labels, classes)
 
 
-def _slices(files: list[Path], data: Data) -> Tensor:
-    """Every slice with something in it: (n, 1, y, x)."""
+def _slices(files: list[Path], data: Data) -> tuple[Tensor, list[int]]:
+    """Every slice or volume with something in it, (n, 1, *space); how many of each file."""
     to_prior = AffineMap(data.scale, data.offset).inverse
-    kept = []
+    kept: list[Tensor] = []
     for path in files:
-        values = io.read(path, axes=data.axes).values
+        values = (
+            read_dicom(path) if path.is_dir() else io.read(path, axes=data.axes).values
+        )
+        if data.window:
+            values = values.clamp(*data.window)
         u = to_prior(hu_to_mu(values) if data.unit == "HU" else values)
+        if data.dims == 3:
+            u = u[None]
         foreground = (u > FOREGROUND).flatten(1).float().mean(1)
         kept.append(u[foreground >= data.min_foreground].half())
-    slices = torch.cat(kept)[:, None]
-    if not len(slices):
+        if kept[-1].shape[1:] != kept[0].shape[1:]:
+            raise ValueError(
+                f"{path} has images of {tuple(kept[-1].shape[1:])}, {files[0]} of "
+                f"{tuple(kept[0].shape[1:])}: resample them to one size"
+            )
+    images = torch.cat(kept)[:, None]
+    if not len(images):
         raise ValueError(
             f"every slice in {files[0].parent} is background: check data.scale, "
             "data.unit and data.min_foreground"
         )
-    return slices
+    return images, [len(part) for part in kept]
+
+
+def read_dicom(folder: Path) -> Float[Tensor, "slices rows columns"]:
+    """A DICOM series, each slice its own file: rescaled values (HU of a CT), in order.
+
+    Slices are ordered by their place along the normal of their plane, and lie in it as
+    they are stored.
+
+    Raises:
+        ValueError: a file is damaged, or no grey image; or there are several series, or
+            none.
+        ModuleNotFoundError: pydicom is not installed.
+    """
+    try:
+        import pydicom
+        from pydicom.pixels.processing import apply_modality_lut
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading DICOM needs pydicom: pip install 'invsolve[io]'"
+        ) from error
+
+    slices: list[tuple[float, str, Tensor]] = []
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        try:
+            dataset: Any = pydicom.dcmread(file)
+            if dataset.PhotometricInterpretation != "MONOCHROME2":
+                raise ValueError("it is no grey image in which larger is brighter")
+            right, down = np.reshape(dataset.ImageOrientationPatient, (2, 3))
+            place = np.dot(np.cross(right, down), dataset.ImagePositionPatient)
+            values = np.asarray(apply_modality_lut(dataset.pixel_array, dataset))
+            if values.ndim != 2:
+                raise ValueError("it holds several frames: save each as a file")
+            grey = torch.from_numpy(values.astype(np.float32))
+            slices.append((float(place), str(dataset.SeriesInstanceUID), grey))
+        # What a damaged file makes pydicom raise can be anything at all.
+        except Exception as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise ValueError(f"cannot read {file}: {first_line}") from error
+    series = {uid for _, uid, _ in slices}
+    if len(series) != 1 or len({grey.shape for *_, grey in slices}) != 1:
+        raise ValueError(
+            f"{folder} holds {len(series)} DICOM series or slices of several sizes: keep "
+            "one series in each folder"
+        )
+    slices.sort(key=lambda one: one[0])
+    return torch.stack([grey for *_, grey in slices])
 
 
 def _squares(files: list[Path], data: Data, generator: Generator) -> Tensor:
@@ -139,52 +227,64 @@ def _read_photo(path: Path) -> np.ndarray:
     return np.ascontiguousarray(array[..., :3])
 
 
+class Drawn(NamedTuple):
+    """A batch: its images, their first pixels in those they are cut from, and which."""
+
+    x: Float[Tensor, "n c *space"]
+    corners: Int[Tensor, "n dims"]
+    index: Int[Tensor, " n"]
+
+
 def draw(
-    images: Float[Tensor, "all c y x"],
+    images: Float[Tensor, "all c *space"],
     data: Data,
     n: int,
     crop: int,
     generator: Generator,
-) -> Float[Tensor, "n c side_y side_x"]:
+) -> Drawn:
     """A batch of n images at random, each mirrored, shifted or turned grey at random.
 
     Args:
         images: what `load` gave.
         data: how they may be changed.
         n: how many.
-        crop: the side of squares around the foreground; 0 for whole images.
+        crop: the side of squares (cubes) around the foreground; 0 for whole images.
         generator: of all of it.
     """
     index = torch.randint(len(images), (n,), generator=generator)
-    x = images[index].float()
+    x, sides = images[index].float(), images.shape[2:]
+    corners = torch.zeros(n, len(sides), dtype=torch.long)
     if data.flip:
         flip = torch.rand(n, generator=generator) < 0.5
         x[flip] = x[flip].flip(-1)
     if data.grey:
         grey = torch.rand(n, generator=generator) < data.grey
         x[grey] = Greyscale()(x[grey]).expand_as(x[grey])
-    if data.photo_crops:  # cut at random places already
-        return x
     if crop:
-        return torch.stack([_crop(image, crop, generator) for image in x])
-    if data.shift:
-        h, w = x.shape[-2:]
-        padded = pad(x, [data.shift] * 4)
-        corners = torch.randint(2 * data.shift + 1, (n, 2), generator=generator)
-        return torch.stack(
-            [
-                p[:, i : i + h, j : j + w]
-                for p, (i, j) in zip(padded, corners.tolist(), strict=True)
-            ]
-        )
-    return x
+        corners = torch.stack([_corner(image, crop, generator) for image in x])
+        x = _windows(x, corners, [crop] * len(sides))
+    elif data.shift and not data.photo_crops:  # those are cut at random places already
+        padded = pad(x, [data.shift] * 2 * len(sides))
+        most = 2 * data.shift + 1
+        moved = torch.randint(most, (n, len(sides)), generator=generator)
+        x = _windows(padded, moved, sides)
+    return Drawn(x, corners, index)
 
 
-def _crop(image: Tensor, side: int, generator: Generator) -> Tensor:
-    """A square around a pixel of the foreground, inside the image."""
+def _windows(x: Tensor, corners: Tensor, sides: Sequence[int]) -> Tensor:
+    """A part of each image that begins at its corner."""
+    parts = []
+    for image, corner in zip(x, corners.tolist(), strict=True):
+        for axis, (at, side) in enumerate(zip(corner, sides, strict=True), 1):
+            image = image.narrow(axis, at, side)
+        parts.append(image)
+    return torch.stack(parts)
+
+
+def _corner(image: Tensor, side: int, generator: Generator) -> Tensor:
+    """Of a square that holds a pixel of the foreground, inside the image."""
     where = (image[0] > FOREGROUND).nonzero()
     pick = int(torch.randint(len(where), (), generator=generator))
-    jitter = torch.randint(-side // 2, side // 2 + 1, (2,), generator=generator)
-    limit = torch.tensor(image.shape[-2:]) - side
-    i, j = (where[pick] + jitter - side // 2).clamp_min(0).minimum(limit).tolist()
-    return image[:, i : i + side, j : j + side]
+    back = torch.randint(side, (image.ndim - 1,), generator=generator)
+    limit = torch.tensor(image.shape[1:]) - side
+    return (where[pick] - back).clamp_min(0).minimum(limit)

@@ -20,7 +20,7 @@ from invsolve.priors import AffineMap, EDMPrior, UNet, UNetConfig
 from invsolve.priors.latent import AutoencoderConfig, KLAutoencoder, latent_card
 from invsolve.priors.weights import sha256
 from invsolve.random import randn_like
-from invsolve.training import TrainConfig, matching, noised, samples, shown
+from invsolve.training import TrainConfig, held_out, matching, noised, samples, shown
 from invsolve.training_data import draw, load
 from invsolve.training_loop import (
     Batch,
@@ -82,8 +82,7 @@ def train_latent(
     part = partial(fit, seed=seed, device=device, progress=progress, stop=stop)
     cutting = Generator().manual_seed(seed)
     images = load(config.data.train, config.data, cutting)
-    val = load(config.data.val, config.data, cutting)
-    val = val[torch.linspace(0, len(val) - 1, 48).long()].float().to(device)
+    val = held_out(load(config.data.val, config.data, cutting)).to(device)
     coding = AutoencoderConfig.from_dict(
         {**AutoencoderConfig().to_dict(), **config.autoencoder}
     )
@@ -95,7 +94,7 @@ def train_latent(
         )
 
     def pictures(step: int, generator: Generator) -> Batch:
-        x = draw(images, config.data, config.encoding.batch, 0, generator)
+        x = draw(images, config.data, config.encoding.batch, 0, generator).x
         factor = coding.patch * 2 ** (len(coding.widths) - 1)
         h, w = (side // factor for side in x.shape[2:])
         z = x.new_empty(len(x), coding.latent_channels, h, w)

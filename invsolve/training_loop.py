@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from invsolve import io
 from invsolve.priors.parameterisation import Predicts
+from invsolve.priors.unet import laid_out
 from invsolve.training_data import Section
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -48,6 +49,8 @@ class Optimisation(Section):
     sigma_data: float = Field(default=0.5, gt=0)
     log_sigma_mean: float = -1.4
     log_sigma_std: float = Field(default=1.4, gt=0)
+    class_dropout: float = Field(default=0.1, ge=0, le=1)
+    """The part of the images whose class, if they have one, is not told."""
     bf16: bool = True
     accumulate: int = Field(default=1, gt=0)
     """In how many parts a batch goes through the network: less memory, the same steps."""
@@ -147,10 +150,9 @@ def fit(
     opt, processes = plan.opt, Processes(device or torch.device("cpu"))
     device, n_parts = processes.device, opt.accumulate * processes.count
     every = every or max(1, opt.images // 50)
-    layout = torch.channels_last if opt.channels_last else torch.contiguous_format
     with torch.random.fork_rng():  # torch's layers initialise from the global state
         torch.manual_seed(seed)
-        net = task.make().to(device).to(memory_format=layout)
+        net = laid_out(task.make().to(device), opt.channels_last)
     ema = AveragedModel(net, avg_fn=warm_ema(opt.ema))
     adam = torch.optim.AdamW(
         net.parameters(), opt.lr, betas=(0.9, 0.99), weight_decay=0
