@@ -43,6 +43,7 @@ from invsolve.priors import (
     ddpm_sigmas,
     karras_sigmas,
 )
+from invsolve.priors.latent import LatentPrior
 from invsolve.priors.weights import card_of, sha256
 
 SIGMAS = (0.01, 0.3, 1.0, 7.0)
@@ -662,4 +663,6 @@ def test_every_bundled_prior_loads(name: str | None) -> None:
         pytest.skip("no prior is bundled")
     prior = priors.load(name)
     x = torch.zeros(1, prior.info.channels or 1, 32, 32)
+    if isinstance(prior, LatentPrior):
+        x = prior.encode(x).detach()
     assert prior.denoise(x, torch.tensor(prior.sigma_min)).isfinite().all()
