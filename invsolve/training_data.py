@@ -232,7 +232,7 @@ class Drawn(NamedTuple):
 
     x: Float[Tensor, "n c *space"]
     corners: Int[Tensor, "n dims"]
-    index: Int[Tensor, " n"]
+    which: Int[Tensor, " n"]
 
 
 def draw(
