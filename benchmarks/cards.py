@@ -24,6 +24,7 @@ TASKS: Mapping[str, Mapping[str, str]] = {
     "ct-headneck-128": {"ct-30": "CT, 30 views", "ct-15": "CT, 15 views"},
     "mr-brain-128": {"mr-4": "MR ×4", "mr-8": "MR ×8"},
     "natural-64": {"sr-4": "SR ×4", "deblur": "deblurring", "inpaint": "inpainting"},
+    "natural-64-flow": {},
 }
 CLASSICAL = ("TV", "FBP")
 
@@ -61,7 +62,7 @@ def tasks(name: str) -> str:
                 best = max(learnt, key=learnt.__getitem__)
                 text.append(f"{learnt[best] - rows['TV']:+.2f} ({best}, {words})")
         told.append(" ".join(text))
-    return "; ".join(told)
+    return "; ".join(told) or "–"
 
 
 def table() -> str:
