@@ -6,7 +6,8 @@ Diffusion Models", CVPR 2022.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -464,16 +465,34 @@ class Conditioned(nn.Module):
         self.unet, self.guidance = unet, guidance
         self.condition = nn.ParameterDict(_frozen(condition))
         self.null = nn.ParameterDict(_frozen(null or {}))
+        self.embedding: Tensor | None = None
+
+    @contextmanager
+    def telling(self, embedding: Float[Tensor, "batch tokens dim"]) -> Iterator[None]:
+        """Meanwhile each item is told its own embedding, with gradients."""
+        self.embedding = embedding
+        try:
+            yield
+        finally:
+            self.embedding = None
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        out = self._ask(x, t, self.condition)
+        told: dict[str, Any] = dict(self.condition.items())
+        own = self.embedding
+        if own is not None:
+            told.pop("encoder_hidden_states")
+        out = self._ask(x, t, told, own)
         if self.guidance == 1:
             return out
         null = self._ask(x, t, self.null)
         return null + self.guidance * (out - null)
 
-    def _ask(self, x: Tensor, t: Tensor, told: Any) -> Tensor:
+    def _ask(
+        self, x: Tensor, t: Tensor, told: Any, own: Tensor | None = None
+    ) -> Tensor:
         batched = {k: v.expand(len(x), *v.shape) for k, v in told.items()}
+        if own is not None:
+            batched["encoder_hidden_states"] = own
         added = {k: batched.pop(k) for k in TOLD[2:] if k in batched}
         if added:
             batched["added_cond_kwargs"] = added
