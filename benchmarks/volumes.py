@@ -16,7 +16,7 @@ kept as it comes, so that a run which was stopped goes on.
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -454,6 +454,21 @@ def depth(args: argparse.Namespace) -> None:
 # --- the page
 
 
+def complete(results: dict[str, Any], names: Collection[str]) -> list[dict[str, Any]]:
+    """The runs of as many volumes of each task as are done by all methods for all."""
+    done: dict[str, list[str]] = {}
+    for task in TASKS:
+        wanted = {k for k in names if task in methods(1)[k].tasks}
+        runs = [r for r in results["run"].values() if r["task"] == task]
+        seen = dict.fromkeys(r["volume"] for r in runs)
+        done[task] = [
+            v for v in seen if wanted <= {r["method"] for r in runs if r["volume"] == v}
+        ]
+    count = min(map(len, done.values()))
+    chosen = {task: volumes[:count] for task, volumes in done.items()}
+    return [r for r in results["run"].values() if r["volume"] in chosen[r["task"]]]
+
+
 def table(results: dict[str, Any]) -> str:
     """Every task's methods, the mean over its volumes."""
     lines = [
@@ -461,13 +476,10 @@ def table(results: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     names = {k: m.name for k, m in methods(20).items()}
+    runs = complete(results, names)
     for task_name, task in TASKS.items():
         for key, name in names.items():
-            rows = [
-                r
-                for r in results["run"].values()
-                if r["task"] == task_name and r["method"] == key
-            ]
+            rows = [r for r in runs if r["task"] == task_name and r["method"] == key]
             if not rows:
                 continue
 
@@ -481,11 +493,11 @@ def table(results: dict[str, Any]) -> str:
                 f"| {task.title} | {name} | {planes} | {mean('roughness'):.2f} | "
                 f"{mean('passes'):.0f} | {mean('seconds'):.0f} |"
             )
-    some = next(iter(results["run"].values()))
-    count = len({r["volume"] for r in results["run"].values() if r["task"] == "ct-8"})
+    some = runs[0]
+    count = len({r["volume"] for r in runs if r["task"] == "ct-8"})
     lines += [
         "",
-        f"{count} volumes of {some['depth']} slices of 128×128 for each kind of data, of "
+        f"{count} volume(s) of {some['depth']} slices of 128×128 for each kind of data, of "
         "patients (OpenKBP, real CT) and heads (simulated brain MR) whom neither training "
         f"nor tuning saw; simulated measurements: {COUNTS:,.0f} photons a ray, or complex "
         f"noise of σ = {SIGMA_K} in k-space. PSNR (data range 2000 HU, or 1) / SSIM over "
