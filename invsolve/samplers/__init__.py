@@ -13,6 +13,7 @@ from .dps import dps as dps
 from .ldps import ldps as ldps
 from .mbir import mbir as mbir
 from .mmps import mmps as mmps
+from .p2l import p2l as p2l
 from .pigdm import pigdm as pigdm
 from .pnp import pnp as pnp
 from .psld import psld as psld
