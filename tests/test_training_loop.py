@@ -69,6 +69,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
+torch.set_num_threads({threads})
 sys.path.insert(0, {tests!r})
 import test_training_loop as here
 from invsolve import io
@@ -103,7 +104,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, where: str) -> None:
     pytest.importorskip("tensorboard")
     whole = run(tmp_path / "whole")
     cut = tmp_path / "cut"
-    code = KILLED.format(tests=str(Path(__file__).parent), out=str(cut), where=where)
+    told = {"tests": str(Path(__file__).parent), "threads": torch.get_num_threads()}
+    code = KILLED.format(out=str(cut), where=where, **told)
     died = subprocess.run([sys.executable, "-c", code], timeout=300)
     assert died.returncode == -signal.SIGKILL
     kept = torch.load(cut / "net.pt", weights_only=True)["step"]
@@ -187,20 +189,37 @@ def test_the_layout_is_the_chosen(tmp_path: Path, channels_last: bool) -> None:
     assert close(plain, run(tmp_path / "again", channels_last=channels_last), 1e-5)
 
 
-def test_compiled_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# In a process of its own: what checks types in tests is not for a compiler to trace.
+COMPILED = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+torch.set_num_threads({threads})
+sys.path.insert(0, {tests!r})
+import test_training_loop as here
+
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
+compile = nn.Module.compile
+nn.Module.compile = lambda net: compile(net, backend=backend)
+out = Path({out!r})
+plain = here.run(out / "plain")
+assert not graphs
+assert here.close(plain, here.run(out / "compiled", compile=True), 1e-6)
+assert graphs
+"""
+
+
+def test_compiled_is_the_same(tmp_path: Path) -> None:
     """The whole objective goes to the compiler, here one that only records the graph."""
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    compile = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda net: compile(net, backend=backend))
-    plain = run(tmp_path / "plain")
-    assert not graphs
-    assert close(plain, run(tmp_path / "compiled", compile=True), 1e-6)
-    assert graphs
+    told = {"tests": str(Path(__file__).parent), "threads": torch.get_num_threads()}
+    code = COMPILED.format(out=str(tmp_path), **told)
+    subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
 
 
 def events(folder: Path) -> Any:
