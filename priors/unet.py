@@ -34,6 +34,8 @@ class UNetConfig:
             Patch-based Diffusion Models", NeurIPS 2024).
         classes: how many it tells apart; 0 if it is not told of any.
         dims: 2 for images, 3 for volumes, which need MONAI.
+        condition: channels of another image that it is shown beside, as `Segmenter`s are
+            shown the scans whose masks they know of.
     """
 
     channels: int = 1
@@ -44,6 +46,7 @@ class UNetConfig:
     positions: bool = False
     classes: int = 0
     dims: Literal[2, 3] = 2
+    condition: int = 0
 
     @property
     def multiple_of(self) -> int:
@@ -76,7 +79,9 @@ class UNet(nn.Module):
         self.config = config
         out = config.channels * config.patch**config.dims
         channels = {
-            "in_channels": out + config.dims * config.positions,
+            "in_channels": out
+            + config.condition * config.patch**config.dims
+            + config.dims * config.positions,
             "out_channels": out,
             "norm_num_groups": config.groups,
             # The last is of images whose class is not told.
@@ -91,6 +96,7 @@ class UNet(nn.Module):
         c_noise: Float[Tensor, " batch"],
         label: Int[Tensor, " batch"] | None = None,
         position: Float[Tensor, "batch dims *space"] | None = None,
+        condition: Float[Tensor, "batch shown *space"] | None = None,
     ) -> Float[Tensor, "batch channels *space"]:
         """F, with its class and the `positions` of its pixels where they are told.
 
@@ -98,6 +104,8 @@ class UNet(nn.Module):
         """
         config, told = self.config, {}
         u = folded(x, config.patch)
+        if condition is not None:
+            u = torch.cat([u, folded(condition, config.patch)], 1)
         if config.positions:
             if position is None:
                 sides = x.shape[2:]

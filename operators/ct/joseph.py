@@ -79,7 +79,7 @@ def joseph(
     return insides.sum((1, 2)), columns[insides], values[insides]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def matrices(
     scan: Scan, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,292 @@
+"""The segmenters of head-and-neck tumours, and what they are compared with.
+
+    python benchmarks/segmentation.py train --data $INVSOLVE_DATA --model petct
+    python benchmarks/segmentation.py run   --data $INVSOLVE_DATA
+    python benchmarks/segmentation.py docs
+
+``train`` trains one model, all alike: the same cases (real CT, simulated tumours and PET),
+windows, steps and learning rate; ``run`` measures each on OpenKBP's validation patients,
+whom nothing was trained on; ``docs`` writes docs/segmentation.md. Each goes on where it
+was stopped.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ct_headneck import machine, put
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from invsolve import io
+from invsolve.priors.families.family import filled
+from invsolve.priors.reading import read_checkpoint
+from invsolve.priors.unet import folded, unfolded
+from invsolve.segmentation import metrics, uncertainty
+from invsolve.segmentation.cases import Case
+from invsolve.segmentation.segmenter import (
+    Segmenter,
+    Unaware,
+    load,
+    segment_case,
+)
+from invsolve.segmentation.training import (
+    SegmenterConfig,
+    read_cases,
+    train_segmenter,
+)
+
+RESULTS = Path(__file__).parent / "results" / "segmentation.json"
+PAGE = Path("docs/segmentation.md")
+CONFIG = Path("configs/petct-headneck.toml")
+DRAWS, STEPS = 4, 20
+BEGIN, END = "<!-- segmentation: begin -->", "<!-- segmentation: end -->"
+
+
+def basic_unet() -> nn.Module:
+    """MONAI's BasicUNet on the same folded voxels: instance norm, leaky ReLU."""
+    from monai.networks.nets.basic_unet import BasicUNet
+
+    widths = (16, 16, 32, 64, 96, 16)
+    return Unaware(Folded(BasicUNet(3, 16, 8, features=widths)))
+
+
+def swin_unetr() -> nn.Module:
+    """MONAI's SwinUNETR, a transformer, on the voxels themselves, as small as it gets."""
+    from monai.networks.nets.swin_unetr import SwinUNETR
+
+    return Unaware(SwinUNETR(2, 1, feature_size=12, spatial_dims=3))
+
+
+class Folded(nn.Module):
+    """A network of 2×2×2 voxels a position, as ours are, for the same speed."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return unfolded(self.net(folded(images, 2)), 2)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, as it differs from the bundled segmenter.
+
+    Attributes:
+        title: in words.
+        cases, network: entries of the configuration that differ.
+        dice: the weight of the Dice loss, which the references are trained with.
+        make: another network.
+        side: what it needs a side to be divisible by.
+    """
+
+    title: str
+    cases: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    dice: float = 0.0
+    make: Callable[[], nn.Module] | None = None
+    side: int | None = None
+
+
+MODELS = {
+    "petct": Model("3D diffusion, PET and CT"),
+    "slices": Model(
+        "2D diffusion, PET and CT", network={"dims": 2, "widths": [32, 64, 128]}
+    ),
+    "pet": Model("3D diffusion, PET alone", cases={"modalities": ("pet",)}),
+    "ct": Model("3D diffusion, CT alone", cases={"modalities": ("ct",)}),
+    "unet": Model("3D U-Net (MONAI), PET and CT", dice=1.0, make=basic_unet, side=16),
+    "swin": Model("SwinUNETR (MONAI), PET and CT", dice=1.0, make=swin_unetr, side=32),
+}
+
+
+def main() -> None:
+    """Train, measure, or write down."""
+    parser = argparse.ArgumentParser(description="Segmenters, all trained alike.")
+    parser.add_argument("what", choices=["train", "run", "docs"])
+    data = os.environ.get("INVSOLVE_DATA", "data")
+    parser.add_argument("--data", type=Path, default=Path(data))
+    parser.add_argument("--runs", type=Path, default=Path("runs/segmentation"))
+    parser.add_argument("--model", choices=list(MODELS), action="append")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    args = parser.parse_args()
+    if args.what == "docs":
+        write_page(json.loads(RESULTS.read_text()))
+        return
+    until = time.monotonic() + 60 * args.minutes
+    for name in args.model or MODELS:
+        (train if args.what == "train" else run)(name, args, until)
+
+
+def config_of(name: str, data: Path) -> SegmenterConfig:
+    """The bundled segmenter's configuration, with what the model changes."""
+    config, model = SegmenterConfig.read(CONFIG), MODELS[name]
+    folders = {part: data / getattr(config.cases, part) for part in ("train", "val")}
+    return config.model_copy(
+        update={
+            "name": "petct-headneck" if name == "petct" else f"petct-{name}",
+            "cases": config.cases.model_copy(update={**folders, **model.cases}),
+            "network": {**config.network, **model.network},
+            "dice": model.dice,
+        }
+    )
+
+
+@cache
+def cases_in(folder: Path) -> list[Case]:
+    """All patients of a folder: every model has the same."""
+    return read_cases(folder, SegmenterConfig.read(CONFIG).cases)
+
+
+def train(name: str, args: argparse.Namespace, until: float) -> None:
+    """Train a model, or go on where its run was stopped."""
+    model, config = MODELS[name], config_of(name, args.data)
+    started = time.process_time()
+    train_segmenter(
+        config,
+        args.runs / name,
+        seed=0,
+        device=torch.device(args.device),
+        checkpoint_every=config.optimisation.images // 10,
+        progress=partial(tqdm, desc=name, mininterval=5),
+        stop=lambda: time.monotonic() > until,
+        make=model.make,
+        cases=(cases_in(config.cases.train), cases_in(config.cases.val)),
+    )
+    print(f"{name}: {time.process_time() - started:.0f} s of CPU in this call")
+
+
+def trained(name: str, args: argparse.Namespace) -> Segmenter:
+    """The model as its run left it."""
+    model = MODELS[name]
+    card = args.runs / name / f"{config_of(name, args.data).name}.json"
+    if model.make is None:
+        return load(card)
+    state, _ = read_checkpoint(card.with_suffix(".safetensors"))
+    net = filled(model.make, state)
+    return Segmenter(net, json.loads(card.read_text()), model.side or 1)
+
+
+def run(name: str, args: argparse.Namespace, until: float) -> None:
+    """Every validation patient that is not measured yet."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = found.setdefault("rows", {}).setdefault(name, {})
+    config = config_of(name, args.data)
+    cases = cases_in(config.cases.val)
+    if all(case.name in rows for case in cases):
+        return
+    segmenter = trained(name, args)
+    for case in tqdm(cases, desc=f"measure {name}"):
+        if case.name in rows or time.monotonic() > until:
+            continue
+        rows[case.name] = measured(case, segmenter)
+        found |= {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
+        text = json.dumps(found, indent=1) + "\n"
+        io.replace(RESULTS, lambda p, text=text: Path(p).write_text(text))
+
+
+def measured(case: Case, segmenter: Segmenter) -> dict[str, Any]:
+    """What one patient's draws are worth."""
+    assert case.masks is not None
+    generator = Generator().manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = segment_case(
+            case, segmenter, samples=DRAWS, steps=STEPS, generator=generator
+        )
+    truth, spacing = case.masks, case.grid.spacing
+    near = _near(truth[0])
+    row: dict[str, Any] = {"seconds": result.seconds, "passes": result.passes}
+    for what, prob in (("draws", result.prob), ("expected", result.expected)):
+        mask = prob >= 0.5
+        row[what] = {
+            "dice": float(metrics.dice(mask, truth)),
+            "jaccard": float(metrics.jaccard(mask, truth)),
+            "precision": float(metrics.precision(mask, truth, empty="zero")),
+            "recall": float(metrics.recall(mask, truth)),
+            "hd95": float(metrics.hd95(mask, truth, spacing, empty="penalty")),
+            "assd": float(metrics.assd(mask, truth, spacing, empty="penalty")),
+            "lesion_f1": float(metrics.lesion_f1(mask, truth)),
+            "volume_error": float(metrics.volume_error(mask, truth)),
+            "brier": float((prob - truth.float())[near].square().mean()),
+            "nll": float(
+                uncertainty.nll(prob[near].clamp(1e-4, 1 - 1e-4), truth[near])
+            ),
+            "ece": float(uncertainty.calibration_error(prob[near], truth[near])),
+        }
+    volumes = result.volumes_ml[:, 0]
+    row["volume_ml"] = float(truth.sum() * case.grid.voxel_ml)
+    row["volumes_ml"] = [float(v) for v in volumes]
+    return row
+
+
+def _near(truth: Tensor) -> Tensor:
+    """Voxels within 20 mm of the tumour: where calibration is not a matter of air."""
+    from scipy import ndimage
+
+    distance: Any = ndimage.distance_transform_edt(~truth.numpy())
+    return torch.from_numpy(distance * 4.0 <= 20.0)[None]
+
+
+# --- the page
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean, and its 95 % interval over patients drawn again."""
+    rng = np.random.default_rng(seed)
+    draws = rng.choice(values, (2000, len(values))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def write_page(found: dict[str, Any]) -> None:
+    """The table of all models, by first pass and by draws."""
+    lines = [
+        "| model | mask from | Dice | HD95 (mm) | ASSD (mm) | lesion F1 | precision "
+        "| recall | Brier | ECE | seconds |",
+        "| --- |" + " --- |" * 10,
+    ]
+    for name, model in MODELS.items():
+        rows = list(found["rows"].get(name, {}).values())
+        if not rows:
+            continue
+        kinds = ["expected"] if model.make else ["expected", "draws"]
+        for kind in kinds:
+
+            def mean(key: str, kind: str = kind, rows: Any = rows) -> float:
+                return float(np.nanmean([row[kind][key] for row in rows]))
+
+            dice, low, high = bootstrap(np.array([row[kind]["dice"] for row in rows]))
+            label = "one pass" if kind == "expected" else f"mean of {DRAWS} draws"
+            seconds = np.mean([row["seconds"] for row in rows])
+            share = seconds / rows[0]["passes"] if kind == "expected" else seconds
+            lines.append(
+                f"| {model.title} | {label} | {dice:.3f} ({low:.3f} … {high:.3f}) "
+                f"| {mean('hd95'):.1f} | {mean('assd'):.1f} | {mean('lesion_f1'):.2f} "
+                f"| {mean('precision'):.2f} | {mean('recall'):.2f} "
+                f"| {mean('brier'):.4f} | {mean('ece'):.3f} | {share:.1f} |"
+            )
+    count = max(len(rows) for rows in found["rows"].values())
+    lines += [
+        "",
+        f"{count} validation patients of OpenKBP (real CT), on whom nothing was trained or "
+        "tuned; **tumours and PET are simulated**. Dice with the bootstrap's 95 % interval "
+        "over patients; HD95 is the larger of both directed 95th percentiles; Brier and "
+        "ECE within 20 mm of the tumour. Network in bf16. "
+        f"{found['date']}, {found['machine']}, seed 1.",
+    ]
+    put(PAGE, "\n".join(lines), BEGIN, END)
+
+
+if __name__ == "__main__":
+    main()
