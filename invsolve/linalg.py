@@ -47,7 +47,9 @@ def cg(
         Mp = apply(p)
         pMp = dot(p, Mp)
         # A direction almost in M's null space, ⊥ to M p, is rounding that no step mends.
-        active = active & (pMp**2 > eps * dot(p, p) * dot(Mp, Mp))
+        # Roots before products: in single precision the latter overflow at M ~ 1e8.
+        lengths = dot(p, p).sqrt() * dot(Mp, Mp).sqrt()
+        active = active & (pMp > eps**0.5 * lengths)
         alpha = torch.where(active, rr / pMp.where(active, torch.ones_like(pMp)), 0)
         x = x + per_item(alpha, x) * p
         r = r - per_item(alpha, x) * Mp

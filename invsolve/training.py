@@ -9,9 +9,10 @@ predicts EDM's mixture, the noise, the image or a rectified flow: see
 import json
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.distributions import Normal
 
-from invsolve import io
+from invsolve import io, priors
 from invsolve.priors import AffineMap, EDMPrior, Prior, UNet, UNetConfig
 from invsolve.priors.parameterisation import preconditioning
 from invsolve.priors.unet import positions
@@ -38,21 +39,22 @@ from invsolve.training_loop import (
     fit,
 )
 
+C = TypeVar("C", bound="ConfigFile")
 
-class TrainConfig(Section):
+
+class ConfigFile(Section):
     """A training run, as a TOML file tells it."""
 
-    name: str
-    data: Data
-    network: dict[str, Any] = Field(default={})
-    optimisation: Optimisation = Optimisation()
-    tensorboard: bool = False
-    """Write curves and samples to ``tensorboard/``, for TensorBoard to show."""
-    card: dict[str, Any] = Field(default={})
-    """Copied to the prior's card: licence, source, citation."""
+    @staticmethod
+    def kind_of(path: Path) -> str:
+        """What the file asks to train: ``prior`` unless it says otherwise."""
+        try:
+            return str(tomllib.loads(path.read_text("utf-8")).get("kind", "prior"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
 
     @classmethod
-    def read(cls, path: Path) -> "TrainConfig":
+    def read(cls: type[C], path: Path) -> C:
         """The configuration in a file; a ValueError names what is wrong in it."""
         try:
             with path.open("rb") as file:
@@ -63,6 +65,23 @@ class TrainConfig(Section):
             raise ValueError(f"{path}: {where}: {first['msg']}") from error
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {path}: {error}") from error
+
+
+class TrainConfig(ConfigFile):
+    """A prior's training run."""
+
+    name: str
+    data: Data
+    network: dict[str, Any] = Field(default={})
+    optimisation: Optimisation = Optimisation()
+    start: str = ""
+    """The prior whose weights the network begins with, by name or card: see `begun`."""
+    checkpoints: int = Field(default=50, gt=0)
+    """How often a run is measured and kept."""
+    tensorboard: bool = False
+    """Write curves and samples to ``tensorboard/``, for TensorBoard to show."""
+    card: dict[str, Any] = Field(default={})
+    """Copied to the prior's card: licence, source, citation."""
 
 
 def train(
@@ -86,7 +105,7 @@ def train(
         out: a folder for the results.
         seed: of the data's order, the noise and the weights.
         device: where; the CPU unless given.
-        checkpoint_every: images between two checkpoints; a fiftieth of all unless given.
+        checkpoint_every: images between two checkpoints, instead of ``checkpoints``.
         progress: wraps the loop, as ``tqdm`` does.
         stop: asked after each step whether time is up.
     """
@@ -123,7 +142,7 @@ def train(
 
     fit(
         Task(
-            lambda: UNet(network),
+            lambda: begun(UNet(network), config),
             batch,
             partial(matching, bf16=opt.bf16),
             lambda net: denoising_psnr(prior_of(net), val.to(device)),
@@ -136,7 +155,7 @@ def train(
         told=network.to_dict(),
         seed=seed,
         device=device,
-        every=checkpoint_every,
+        every=checkpoint_every or max(1, opt.images // config.checkpoints),
         progress=progress,
         stop=stop,
         export=lambda net, seen: _export(
@@ -145,6 +164,38 @@ def train(
         board=out / "tensorboard" if config.tensorboard else None,
     )
     return out / f"{config.name}.json"
+
+
+def begun(net: UNet, config: TrainConfig) -> UNet:
+    """The network with the weights of ``config.start``, if there is one to begin with.
+
+    It may have more channels. F of these begins at zero, and the rest of F does not see
+    them: they begin independent of the image, as Gaussian noise of √v = sigma_data.
+
+    Raises:
+        ValueError: that prior's network, range or preconditioning is another.
+    """
+    if not config.start:
+        return net
+    opt = config.optimisation
+    prior, to_unit = priors.load(config.start).normalised
+    old = vars(prior).get("net")
+    if not (
+        isinstance(prior, EDMPrior)
+        and isinstance(old, UNet)
+        and replace(old.config, channels=net.config.channels) == net.config
+        and not net.config.positions
+        and (prior.predicts, prior.sigma_data) == (opt.predicts, opt.sigma_data)
+        and to_unit == AffineMap(config.data.scale, config.data.offset)
+    ):
+        raise ValueError(
+            f"{config.start} cannot be begun with: its network (but for channels, and "
+            "without positions), scale, offset, predicts or sigma_data is another"
+        )
+    weights = net.state_dict()
+    for name, part in old.state_dict().items():
+        weights[name].zero_()[tuple(map(slice, part.shape))] = part
+    return net
 
 
 def noised(x0: Tensor, opt: Optimisation, generator: Generator) -> Batch:
@@ -260,6 +311,7 @@ def _export(
         sigma_data=config.optimisation.sigma_data,
         map=AffineMap(config.data.scale, config.data.offset),
         predicts=config.optimisation.predicts,
+        **_labels(config.data),
         unit="1/mm" if config.data.unit == "HU" else config.data.unit,
         training={
             "images_seen": seen,
@@ -272,3 +324,13 @@ def _export(
     )
     text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
     io.replace(out / f"{config.name}.json", lambda p: Path(p).write_text(text, "utf-8"))
+
+
+def _labels(data: Data) -> dict[str, Any]:
+    """What a card says of the channels after the image: names, and the value inside."""
+    if data.labels is None:
+        return {}
+    return {
+        "labels": list(data.labels.bits),
+        "label_value": data.scale * data.labels.value + data.offset,
+    }

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate, pad
@@ -21,6 +21,22 @@ class Section(BaseModel):
     """A part of a configuration file; a name that it does not know is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Labels(Section):
+    """Contours that are channels beside the image: 0 outside, ``value`` inside.
+
+    An image whose contours lack one of the bits altogether is left out: what was not
+    drawn may well be there.
+    """
+
+    bits: dict[str, list[int]] = Field(min_length=1)
+    """Each label's name, and the bits of the contours' files, any of which it is."""
+    suffixes: tuple[str, str] = ("_ct", "_structures")
+    """What ends the name of an image's file, and what that of its contours' instead."""
+    value: float = Field(default=0.5, gt=0)
+    """In the prior's range. What is smaller is made out later, when more of the image
+    is seen."""
 
 
 class Data(Section):
@@ -59,6 +75,8 @@ class Data(Section):
     """The part of them that is shown without its colours."""
     flip: bool = True
     """Random left–right mirroring."""
+    labels: Labels | None = None
+    """Contours of what the slices show, as more channels; none unless given."""
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> "Data":
@@ -68,6 +86,8 @@ class Data(Section):
             raise ValueError("window is [low, high], of slices")
         if self.grey and not self.photo_crops:
             raise ValueError("grey is for photographs: set photo_crops")
+        if self.labels and (self.photo_crops or self.dims == 3):
+            raise ValueError("labels are of slices: leave photo_crops and dims out")
         return self
 
 
@@ -118,78 +138,76 @@ def load_classes(folder: Path, data: Data, generator: Generator) -> Images:
 
 
 def _slices(files: list[Path], data: Data) -> tuple[Tensor, list[int]]:
-    """Every slice or volume with something in it, (n, 1, *space); how many of each file."""
+    """Every slice or volume with something in it, (n, c, *space); how many of each file."""
     to_prior = AffineMap(data.scale, data.offset).inverse
     kept: list[Tensor] = []
+    counts: list[int] = []
     for path in files:
-        values = (
-            read_dicom(path) if path.is_dir() else io.read(path, axes=data.axes).values
-        )
+        inside = None if data.labels is None else contours(path, data.axes, data.labels)
+        if data.labels and inside is None:
+            counts.append(0)
+            continue
+        values = io.read(path, axes=data.axes).values
         if data.window:
             values = values.clamp(*data.window)
         u = to_prior(hu_to_mu(values) if data.unit == "HU" else values)
         if data.dims == 3:
             u = u[None]
         foreground = (u > FOREGROUND).flatten(1).float().mean(1)
+        u = u[:, None]
+        if data.labels and inside is not None:
+            if len(inside) != len(u) or inside.shape[2:] != u.shape[2:]:
+                raise ValueError(f"{path} and its contours are not of one size")
+            u = torch.cat([u, data.labels.value * inside], 1)
         kept.append(u[foreground >= data.min_foreground].half())
+        counts.append(len(kept[-1]))
         if kept[-1].shape[1:] != kept[0].shape[1:]:
             raise ValueError(
                 f"{path} has images of {tuple(kept[-1].shape[1:])}, {files[0]} of "
                 f"{tuple(kept[0].shape[1:])}: resample them to one size"
             )
-    images = torch.cat(kept)[:, None]
+    if not kept:
+        raise ValueError(
+            f"no file in {files[0].parent} has contours of all labels: check "
+            "data.labels.bits"
+        )
+    images = torch.cat(kept)
     if not len(images):
         raise ValueError(
             f"every slice in {files[0].parent} is background: check data.scale, "
             "data.unit and data.min_foreground"
         )
-    return images, [len(part) for part in kept]
+    return images, counts
 
 
-def read_dicom(folder: Path) -> Float[Tensor, "slices rows columns"]:
-    """A DICOM series, each slice its own file: rescaled values (HU of a CT), in order.
+def contours(
+    path: Path, axes: str | None, labels: Labels
+) -> Bool[Tensor, "slices labels rows columns"] | None:
+    """What of a volume lies inside each label; None if a bit of one is set nowhere.
 
-    Slices are ordered by their place along the normal of their plane, and lie in it as
-    they are stored.
+    Args:
+        path: the image's file, whose name tells that of its contours.
+        axes: as for the image.
+        labels: which.
 
     Raises:
-        ValueError: a file is damaged, or no grey image; or there are several series, or
-            none.
-        ModuleNotFoundError: pydicom is not installed.
+        ValueError: there are no contours beside the image, or they are no whole numbers.
     """
-    try:
-        import pydicom
-        from pydicom.pixels.processing import apply_modality_lut
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading DICOM needs pydicom: pip install 'invsolve[io]'"
-        ) from error
-
-    slices: list[tuple[float, str, Tensor]] = []
-    for file in sorted(p for p in folder.iterdir() if p.is_file()):
-        try:
-            dataset: Any = pydicom.dcmread(file)
-            if dataset.PhotometricInterpretation != "MONOCHROME2":
-                raise ValueError("it is no grey image in which larger is brighter")
-            right, down = np.reshape(dataset.ImageOrientationPatient, (2, 3))
-            place = np.dot(np.cross(right, down), dataset.ImagePositionPatient)
-            values = np.asarray(apply_modality_lut(dataset.pixel_array, dataset))
-            if values.ndim != 2:
-                raise ValueError("it holds several frames: save each as a file")
-            grey = torch.from_numpy(values.astype(np.float32))
-            slices.append((float(place), str(dataset.SeriesInstanceUID), grey))
-        # What a damaged file makes pydicom raise can be anything at all.
-        except Exception as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise ValueError(f"cannot read {file}: {first_line}") from error
-    series = {uid for _, uid, _ in slices}
-    if len(series) != 1 or len({grey.shape for *_, grey in slices}) != 1:
+    before, _, after = path.name.rpartition(labels.suffixes[0])
+    beside = path.with_name(before + labels.suffixes[1] + after)
+    if not beside.is_file():
         raise ValueError(
-            f"{folder} holds {len(series)} DICOM series or slices of several sizes: keep "
-            "one series in each folder"
+            f"{path} has no contours beside it, no {beside.name}: check data.pattern "
+            "and data.labels.suffixes"
         )
-    slices.sort(key=lambda one: one[0])
-    return torch.stack([grey for *_, grey in slices])
+    values = io.read(beside, axes=axes).values
+    bits = values.int()
+    if not torch.equal(bits.to(values), values):
+        raise ValueError(f"{beside} holds no bits: its values are not whole numbers")
+    parts = [[bits >> b & 1 > 0 for b in chosen] for chosen in labels.bits.values()]
+    if not all(part.any() for label in parts for part in label):
+        return None
+    return torch.stack([torch.stack(label).any(0) for label in parts], 1)
 
 
 def _squares(files: list[Path], data: Data, generator: Generator) -> Tensor:

@@ -24,5 +24,6 @@ from .schedules import (
     karras_sigmas as karras_sigmas,
 )
 from .slices import Slices as Slices, TwoPlanes as TwoPlanes
+from .tilted import Tilted as Tilted
 from .unet import UNet as UNet, UNetConfig as UNetConfig
 from .weights import available as available, load as load

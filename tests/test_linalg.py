@@ -160,6 +160,14 @@ class TestConjugateGradients:
         assert_close(dot(a, a), a.abs().square().sum((1, 2)))
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_a_system_of_large_or_small_numbers_is_solved(scale: float) -> None:
+    # As of whitened weights in a small unit; squares of its products overflow float32.
+    b = scale * torch.ones(1, 100)
+    x = cg(lambda v: scale * v, b, None, max_steps=10, rtol=1e-6)
+    torch.testing.assert_close(x, torch.ones(1, 100))
+
+
 def test_nothing_has_the_eigenvalue_zero() -> None:
     x = torch.ones(1, N, dtype=torch.float64)
     assert largest_eigenvalue(torch.zeros_like, x, max_steps=10, rtol=1e-6) == 0

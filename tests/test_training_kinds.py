@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from invsolve import io
 from invsolve.priors import EDMPrior, UNet, UNetConfig
 from invsolve.priors.unet import Guided, folded, positions, unfolded
 from invsolve.training import TrainConfig, train
-from invsolve.training_data import Data, draw, load, load_classes, read_dicom
+from invsolve.training_data import Data, draw, load, load_classes
 from invsolve.units import MU_WATER
 
 TINY = {"widths": [8, 16], "groups": 4}
@@ -331,14 +332,14 @@ def series(tmp_path: Path) -> Path:
 
 def test_a_series_is_read_in_order_and_rescaled(series: Path) -> None:
     expected = torch.arange(4.0)[:, None, None] * 500 - 1000 + 2 * torch.arange(8.0)
-    assert torch.equal(read_dicom(series), expected.expand(4, 6, 8))
+    assert torch.equal(io.read(series).values, expected.expand(4, 6, 8))
 
 
 def test_windows_cut_before_the_prior_s_range(series: Path) -> None:
     options = {"pattern": "*", "unit": "HU", "scale": MU_WATER, "min_foreground": 0}
     data = data_of(series.parent, window=[-200, 300], **options)
     got = load(series.parent, data, Generator())
-    hu = read_dicom(series).clamp(-200, 300)[:, None]
+    hu = io.read(series).values.clamp(-200, 300)[:, None]
     torch.testing.assert_close(got, (hu / 1000 + 1).half())
     plain = data_of(series.parent, **options)
     assert load(series.parent, plain, Generator()).max() > got.max()
@@ -365,7 +366,7 @@ def test_what_is_no_series_is_refused(
 ) -> None:
     dicom(series / "e", np.zeros((6, 8)), z=90.0, **changes)
     with pytest.raises(ValueError, match=why) as refused:
-        read_dicom(series)
+        io.read(series)
     assert "\n" not in str(refused.value)
 
 
@@ -374,11 +375,11 @@ def test_damaged_or_missing_slices_are_refused(series: Path, tmp_path: Path) -> 
     for part in (b"", b"nothing", whole[:300], whole[:-20]):
         (series / "a").write_bytes(part)
         with pytest.raises(ValueError, match=r"cannot read .*patient/a") as refused:
-            read_dicom(series)
+            io.read(series)
         assert "\n" not in str(refused.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds 0 DICOM series"):
-        read_dicom(tmp_path / "empty")
+        io.read(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
