@@ -37,6 +37,7 @@ from invsolve.segmentation.segmenter import (
     Segmenter,
     Unaware,
     load,
+    probability,
     segment_case,
 )
 from invsolve.segmentation.training import (
@@ -190,44 +191,98 @@ def run(name: str, args: argparse.Namespace, until: float) -> None:
     for case in tqdm(cases, desc=f"measure {name}"):
         if case.name in rows or time.monotonic() > until:
             continue
-        rows[case.name] = measured(case, segmenter)
+        rows[case.name] = measured(case, segmenter, DRAWS * (name == "petct"))
         found |= {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
-        text = json.dumps(found, indent=1) + "\n"
-        io.replace(RESULTS, lambda p, text=text: Path(p).write_text(text))
+        keep(found)
+    if name == "petct" and all(case.name in rows for case in cases):
+        maps = [
+            first_pass(case, segmenter).float() for case in tqdm(cases, "conformal")
+        ]
+        found["conformal"] = [conformal(cases, maps, a) for a in (0.1, 0.2)]
+        keep(found)
 
 
-def measured(case: Case, segmenter: Segmenter) -> dict[str, Any]:
-    """What one patient's draws are worth."""
+def keep(found: dict[str, Any]) -> None:
+    """All that is known so far."""
+    text = json.dumps(found, indent=1) + "\n"
+    io.replace(RESULTS, lambda path: Path(path).write_text(text))
+
+
+def first_pass(case: Case, segmenter: Segmenter) -> Tensor:
+    """P(tumour | scans)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        like = torch.zeros(1, len(segmenter.labels), *case.grid.shape)
+        prior = segmenter.given(case)
+        return probability(prior, like, Generator().manual_seed(1))[0].float()
+
+
+def measured(case: Case, segmenter: Segmenter, draws: int) -> dict[str, Any]:
+    """What one patient's probabilities, and draws if there are any, are worth."""
     assert case.masks is not None
-    generator = Generator().manual_seed(1)
+    generator, truth = Generator().manual_seed(1), case.masks
+    start = time.perf_counter()
+    p = first_pass(case, segmenter)
+    row: dict[str, Any] = {"volume_ml": float(truth.sum() * case.grid.voxel_ml)}
+    row["expected"] = {"seconds": time.perf_counter() - start} | scores(p, case)
+    if not draws:
+        return row
     with torch.autocast("cpu", torch.bfloat16):
         result = segment_case(
-            case, segmenter, samples=DRAWS, steps=STEPS, generator=generator
+            case, segmenter, samples=draws, steps=STEPS, generator=generator
         )
-    truth, spacing = case.masks, case.grid.spacing
-    near = _near(truth[0])
-    row: dict[str, Any] = {"seconds": result.seconds, "passes": result.passes}
-    for what, prob in (("draws", result.prob), ("expected", result.expected)):
-        mask = prob >= 0.5
-        row[what] = {
-            "dice": float(metrics.dice(mask, truth)),
-            "jaccard": float(metrics.jaccard(mask, truth)),
-            "precision": float(metrics.precision(mask, truth, empty="zero")),
-            "recall": float(metrics.recall(mask, truth)),
-            "hd95": float(metrics.hd95(mask, truth, spacing, empty="penalty")),
-            "assd": float(metrics.assd(mask, truth, spacing, empty="penalty")),
-            "lesion_f1": float(metrics.lesion_f1(mask, truth)),
-            "volume_error": float(metrics.volume_error(mask, truth)),
-            "brier": float((prob - truth.float())[near].square().mean()),
-            "nll": float(
-                uncertainty.nll(prob[near].clamp(1e-4, 1 - 1e-4), truth[near])
-            ),
-            "ece": float(uncertainty.calibration_error(prob[near], truth[near])),
-        }
-    volumes = result.volumes_ml[:, 0]
-    row["volume_ml"] = float(truth.sum() * case.grid.voxel_ml)
-    row["volumes_ml"] = [float(v) for v in volumes]
+    each = metrics.dice(result.samples, truth.expand_as(result.samples))
+    row["draws"] = {"seconds": result.seconds} | scores(result.prob, case)
+    row["volumes_ml"] = [float(v) for v in result.volumes_ml[:, 0]]
+    row["dice_of_each"] = each.tolist()
     return row
+
+
+def scores(prob: Tensor, case: Case) -> dict[str, Any]:
+    """Of a probability map, and of its mask at one half."""
+    assert case.masks is not None
+    truth, spacing, near = case.masks, case.grid.spacing, _near(case.masks[0])
+    mask, p, seen = prob >= 0.5, prob[near], truth[near]
+    curve = uncertainty.reliability(p, seen)
+    return {
+        "dice": float(metrics.dice(mask, truth)),
+        "jaccard": float(metrics.jaccard(mask, truth)),
+        "precision": float(metrics.precision(mask, truth, empty="zero")),
+        "recall": float(metrics.recall(mask, truth)),
+        "hd95": float(metrics.hd95(mask, truth, spacing, empty="penalty")),
+        "assd": float(metrics.assd(mask, truth, spacing, empty="penalty")),
+        "lesion_f1": float(metrics.lesion_f1(mask, truth)),
+        "volume_error": float(metrics.volume_error(mask, truth)),
+        "brier": float((p - seen.float()).square().mean()),
+        "reliability": [part.nan_to_num().tolist() for part in curve],
+    }
+
+
+def calibration_error(rows: list[dict[str, Any]]) -> float:
+    """Expected calibration error over all patients' voxels together."""
+    predicted, observed, voxels = (
+        np.array([row["reliability"][k] for row in rows]) for k in range(3)
+    )
+    gap = np.abs(((observed - predicted) * voxels).sum(0))
+    return float(gap.sum() / voxels.sum())
+
+
+def conformal(cases: list[Case], maps: list[Tensor], alpha: float) -> dict[str, Any]:
+    """The threshold by every second patient, and what the others miss at it."""
+    masks = [case.masks for case in cases]
+    half = [(m, t) for m, t in zip(maps, masks, strict=True) if t is not None]
+    fit, test = half[::2], half[1::2]
+    level = uncertainty.conformal_threshold(
+        [m for m, _ in fit], [t for _, t in fit], alpha
+    )
+    missed = [float((t & (m < level)).sum() / t.sum()) for m, t in test]
+    extra = [float((~t & (m >= level)).sum() / t.sum()) for m, t in test]
+    return {
+        "alpha": alpha,
+        "threshold": float(level),
+        "missed": float(np.mean(missed)),
+        "extra": float(np.mean(extra)),
+        "patients": [len(fit), len(test)],
+    }
 
 
 def _near(truth: Tensor) -> Tensor:
@@ -260,22 +315,30 @@ def write_page(found: dict[str, Any]) -> None:
         rows = list(found["rows"].get(name, {}).values())
         if not rows:
             continue
-        kinds = ["expected"] if model.make else ["expected", "draws"]
+        kinds = [kind for kind in ("expected", "draws") if kind in rows[0]]
         for kind in kinds:
 
             def mean(key: str, kind: str = kind, rows: Any = rows) -> float:
                 return float(np.nanmean([row[kind][key] for row in rows]))
 
             dice, low, high = bootstrap(np.array([row[kind]["dice"] for row in rows]))
+            ece = calibration_error([row[kind] for row in rows])
             label = "one pass" if kind == "expected" else f"mean of {DRAWS} draws"
-            seconds = np.mean([row["seconds"] for row in rows])
-            share = seconds / rows[0]["passes"] if kind == "expected" else seconds
             lines.append(
                 f"| {model.title} | {label} | {dice:.3f} ({low:.3f} … {high:.3f}) "
                 f"| {mean('hd95'):.1f} | {mean('assd'):.1f} | {mean('lesion_f1'):.2f} "
                 f"| {mean('precision'):.2f} | {mean('recall'):.2f} "
-                f"| {mean('brier'):.4f} | {mean('ece'):.3f} | {share:.1f} |"
+                f"| {mean('brier'):.4f} | {ece:.3f} | {mean('seconds'):.1f} |"
             )
+    for found_at in found.get("conformal", []):
+        lines += [
+            "",
+            f"Conformal threshold for at most {found_at['alpha']:.0%} of the tumour missed "
+            f"on average, by {found_at['patients'][0]} of these patients: "
+            f"P ≥ {found_at['threshold']:.3f}; the {found_at['patients'][1]} others miss "
+            f"{found_at['missed']:.1%}, at {found_at['extra']:.2f} tumour volumes marked "
+            "beside.",
+        ]
     count = max(len(rows) for rows in found["rows"].values())
     lines += [
         "",

@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,6 +153,7 @@ TOMOGRAPHY = ("ct", "fan")
 
 EXTRAS = {
     "astra": "ct",
+    "highdicom": "medical",
     "nibabel": "io",
     "pydicom": "io",
     "skimage": "io",
@@ -640,6 +643,141 @@ def solve(
     typer.echo(f"wrote {out}: mean.nii.gz, report.html and what belongs to them")
 
 
+@app.command(
+    epilog="Example: invsolve segment ct.nii.gz pet.nii.gz -o out --samples 8 --seed 1"
+)
+def segment(
+    ct: Annotated[
+        Path, typer.Argument(help="In HU: NIfTI, or a folder of one DICOM series.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder.")],
+    pet: Annotated[
+        Path | None,
+        typer.Argument(help="In SUV (NIfTI), or a DICOM series with its dose."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Draws of the mask.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Of each draw, 10 or more.")] = 20,
+    model: Annotated[
+        str, typer.Option(help="A bundled name, or the path of a card (.json).")
+    ] = "petct-headneck",
+    threshold: Annotated[
+        float, typer.Option(help="A voxel of so much probability is of the mask.")
+    ] = 0.5,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            help="The true mask (NIfTI), 0 and the labels' numbers, to score."
+        ),
+    ] = None,
+    dicom_seg: Annotated[
+        bool, typer.Option("--dicom-seg", help="Write mask.dcm, too, of a DICOM CT.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into a folder that is not empty.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Draw masks of what the model knows, given CT and PET.
+
+    CT and PET may lie on different grids: what counts is where they are in millimetres.
+    Writes mask.nii.gz, probability.nii.gz and std.nii.gz on the CT's grid, volumes.json,
+    and a page, index.html, with its pictures. Research software, not a medical device.
+    """
+    from invsolve.segmentation import report as reports, segmenter as segmenters
+
+    folders = [path for path in (ct, pet) if path is not None and path.is_dir()]
+    _need(
+        *("nibabel", "matplotlib", "jinja2"),
+        *(["pydicom"] if folders else []),
+        *(["highdicom"] if dicom_seg else []),
+    )
+    where = _device(device)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"--threshold is a probability, > 0 and ≤ 1, got {threshold}")
+    if dicom_seg and not ct.is_dir():
+        raise ValueError(
+            f"--dicom-seg writes on the slices of a DICOM series, and {ct} is no folder of "
+            "one: leave it out"
+        )
+    _check_folder(out, force=force)
+    loaded = segmenters.load(model)
+    scan = _read_ct(ct)
+    uptake = None if pet is None or "pet" not in loaded.modalities else _read_pet(pet)
+    true = None if truth is None else _read_masks(truth, scan, len(loaded.labels))
+    with _bar("segment", 1, where) as progress:
+        drawn = segmenters.segment(
+            scan,
+            uptake,
+            loaded,
+            samples=samples,
+            steps=steps,
+            generator=Generator().manual_seed(seed),
+            device=where,
+            progress=progress,
+        )
+    inputs = {
+        what: {"name": path.name, "sha256": _sha256(path)}
+        for what, path in (("CT", ct), ("PET", pet), ("truth", truth))
+        if path is not None
+    }
+    report = reports.SegmentationReport(
+        drawn,
+        scan,
+        uptake,
+        threshold,
+        true,
+        facts={
+            "Data": {
+                what: f"{file['name']}, sha256 {file['sha256']}"
+                for what, file in inputs.items()
+            },
+            "Run": {"steps": str(steps), **_run_facts(seed, where)},
+        },
+    )
+    found = reports.numbers(report)
+    with _at_once(out) as folder:
+        for name, maps in (("probability", report.prob), ("std", report.std)):
+            for label, values in zip(drawn.labels, maps, strict=True):
+                part = "-" + re.sub(r"\W+", "-", label) if len(maps) > 1 else ""
+                image = io.Image(values, scan.affine)
+                io.write(folder / f"{name}{part}.nii.gz", image)
+        coded = io.Image(_coded(report.prob, report.mask), scan.affine)
+        io.write(folder / "mask.nii.gz", coded, labels=True)
+        if dicom_seg:
+            name = str(loaded.card.get("name", "invsolve"))
+            io.write_dicom_seg(
+                folder / "mask.dcm", report.mask, drawn.labels, ct, model=name
+            )
+        reports.save_report(folder, report)
+        record = {
+            "labels": found,
+            "settings": {
+                "command": "segment",
+                "model": model,
+                "samples": samples,
+                "steps": steps,
+                "threshold": threshold,
+            },
+            "seed": seed,
+            "kind": drawn.kind,
+            "input": inputs,
+            "stats": {"network_forwards": drawn.passes, "seconds": drawn.seconds},
+            "versions": versions(),
+            "device": str(where),
+            "machine": machine(where),
+        }
+        _write_json(folder / "volumes.json", record)
+    for row in report.findings:
+        spread = ""
+        if row.interval_ml is not None:
+            low, high = row.interval_ml
+            spread = f", {report.interval_name} {low:.1f} to {high:.1f}"
+        score = "" if row.scores is None else f", Dice {row.scores['Dice']:.3f}"
+        typer.echo(f"{row.label}: {row.mean_ml:.1f} ml{spread}{score}")
+    typer.echo(f"wrote {out}: mask.nii.gz, index.html and what belongs to them")
+
+
 @app.command(epilog="Example: invsolve train configs/ct-headneck-128.toml --out prior")
 def train(
     config: Annotated[Path, typer.Argument(help="What to train, on what (TOML).")],
@@ -650,7 +788,7 @@ def train(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Train a prior on a folder of images.
+    """Train a prior on a folder of images, or a segmenter on scans and their masks.
 
     Paths in the configuration are relative to $INVSOLVE_DATA, or to the configuration's
     own folder where that is not set. A second run goes on where the first left off.
@@ -659,33 +797,43 @@ def train(
     from tqdm import tqdm
 
     from invsolve import training
+    from invsolve.segmentation import training as segmenters
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     where = _device(device)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes must be > 0, got {minutes}")
     _check_writable(out / "checkpoint.pt")
-    settings = training.TrainConfig.read(config)
-    home = _data_home(config)
-    data = settings.data.model_copy(
-        update={
-            "train": home / settings.data.train.expanduser(),
-            "val": home / settings.data.val.expanduser(),
-        }
-    )
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    card = training.train(
-        settings.model_copy(update={"data": data}),
-        out,
-        seed=seed,
-        device=where,
-        progress=lambda steps: tqdm(
+    home = _data_home(config)
+    how: dict[str, Any] = {
+        "seed": seed,
+        "device": where,
+        "progress": lambda steps: tqdm(
             steps, "train", unit="batch", delay=1, smoothing=0, disable=not first
         ),
-        stop=lambda: time.monotonic() > end,
-    )
+        "stop": lambda: time.monotonic() > end,
+    }
+    if training.ConfigFile.kind_of(config) == "segmenter":
+        masks = segmenters.SegmenterConfig.read(config)
+        cases = _at(home, masks.cases)
+        _, card = segmenters.train_segmenter(
+            masks.model_copy(update={"cases": cases}), out, **how
+        )
+        use = f"invsolve segment --model {card}"
+    else:
+        settings = training.TrainConfig.read(config)
+        data = _at(home, settings.data)
+        card = training.train(settings.model_copy(update={"data": data}), out, **how)
+        use = f"--prior {card}"
     if first:
-        typer.echo(f"wrote {card}; use it with --prior {card}")
+        typer.echo(f"wrote {card}; use it with {use}")
+
+
+def _at(home: Path, section: Any) -> Any:
+    """A section of a configuration, its folders under a home."""
+    folders = {k: home / getattr(section, k).expanduser() for k in ("train", "val")}
+    return section.model_copy(update=folders)
 
 
 def _data_home(config: Path) -> Path:
@@ -1251,6 +1399,56 @@ def _read_truth(path: Path, m: io.Measurements) -> Tensor:
     return values
 
 
+def _read_ct(path: Path) -> io.Image:
+    image = io.read(path, placed=True)
+    if image.unit != "HU":
+        low, high = float(image.values.min()), float(image.values.max())
+        raise ValueError(
+            f"{path} goes from {low:.4g} to {high:.4g} {image.unit}".rstrip()
+            + ", which is no CT in HU: give the CT first and the PET second"
+        )
+    return image
+
+
+def _read_pet(path: Path) -> io.Image:
+    """In SUV; that values of a NIfTI file can be SUV is seen to where they are used."""
+    image = io.read(path, placed=True)
+    if image.unit == "HU" or (path.is_dir() and image.unit != "SUV"):
+        raise ValueError(
+            f"{path} is no PET in SUV: give the CT first and the PET second"
+        )
+    return dataclasses.replace(image, unit="SUV")
+
+
+def _read_masks(path: Path, ct: io.Image, labels: int) -> Tensor:
+    """The true masks on the CT's grid: (labels, z, y, x); of a single label, all > 0."""
+    from invsolve.grids import Grid, resampled
+
+    image = io.read(path, "", placed=True)
+    values = resampled(image, Grid.of(ct), nearest=True).values.round()
+    if image.values.any() and not values.any():
+        raise ValueError(
+            f"the truth {path} lies outside of the CT: give the mask of this patient"
+        )
+    if labels == 1:
+        return values[None] > 0
+    return values == torch.arange(1, labels + 1)[:, None, None, None]
+
+
+def _coded(prob: Tensor, mask: Tensor) -> Tensor:
+    """0 outside, else the number of the label, the likeliest of those that hold."""
+    best, which = torch.where(mask, prob, -1).max(0)
+    return torch.where(best >= 0, which + 1.0, 0.0)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; of a folder, of its files' in the order of their names."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
 def _load_prior(name: str) -> priors.Prior:
     _need("diffusers")
     return priors.load(name)
@@ -1345,7 +1543,17 @@ OUTPUTS = (
     "report.png",
     "report.html",
     "result.json",
+    "mask.nii.gz",
+    "mask.dcm",
+    "probability*.nii.gz",
+    "std-*.nii.gz",
+    "planes.png",
+    "whole.png",
+    "volume.png",
+    "index.html",
+    "volumes.json",
 )
+"""What commands write into their folders: a later one leaves none of it."""
 
 
 @contextmanager
@@ -1363,8 +1571,10 @@ def _at_once(out: Path) -> Iterator[Path]:
         written = {file.name for file in partial.iterdir()}
         for file in partial.iterdir():
             file.replace(out / file.name)
-        for stale in set(OUTPUTS) - written:
-            (out / stale).unlink(missing_ok=True)
+        for pattern in OUTPUTS:
+            for stale in out.glob(pattern):
+                if stale.name not in written:
+                    stale.unlink()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

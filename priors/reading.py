@@ -60,14 +60,15 @@ def read_checkpoint(path: str | Path) -> tuple[State, dict[str, Any]]:
             facts["container"] = "torch"
             content = torch.load(path, map_location="cpu", weights_only=True)
             state, took = unwrap(content)
+        # The length of its header may begin with a pickle's first byte.
+        elif head[4:8] == bytes(4) and head[8:9] == b"{":
+            facts["container"] = "safetensors"
+            state, facts["metadata"] = _read_safetensors(path)
+            state, took = unwrap(state)
         elif head.startswith(b"\x80"):
             facts["container"] = "edm"
             state, took, told = _read_edm(path)
             facts.update(told)
-        elif head[8:9] == b"{":
-            facts["container"] = "safetensors"
-            state, facts["metadata"] = _read_safetensors(path)
-            state, took = unwrap(state)
         else:
             raise ValueError(
                 "it is no safetensors, no torch.save file and no EDM pickle"

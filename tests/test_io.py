@@ -255,7 +255,7 @@ def a_folder(path: Path) -> Path:
     ("make", "message"),
     [
         (missing, "there is no file"),
-        (a_folder, "there is no file"),
+        (a_folder, "holds 0 DICOM series"),
         (truncated_nifti, "cannot read"),
         (garbage("a.npy"), "cannot read"),
         (garbage("a.nii"), "cannot read"),

@@ -10,9 +10,10 @@ from typing import IO
 import numpy as np
 import torch
 
-from .image import Image, Unit
+from .dicom import read_dicom
+from .image import Image, Unit, upright
 
-READABLE = ".nii, .nii.gz, .npy, .png, .tif, .jpg"
+READABLE = ".nii, .nii.gz, .npy, .png, .tif, .jpg or a folder of DICOM"
 
 
 def read(
@@ -21,43 +22,31 @@ def read(
     *,
     axes: str | None = None,
     colour: bool = False,
+    placed: bool = False,
 ) -> Image:
     """The image in a file: NIfTI, NumPy or a picture, told by the name's ending.
 
-    NIfTI volumes are reoriented to slices first, nose up (see `Image`) and carry their
-    affine; the others lie at the origin. Nothing in a file is ever executed.
+    A folder is one DICOM series; see `read_dicom`. Volumes are reoriented to slices
+    first, nose up (see `Image`) and carry their affine; NumPy and pictures lie at the
+    origin. Nothing in a file is ever executed.
 
     Args:
-        path: the file.
-        unit: what the values are in. Unless given, NIfTI whose least value is below
-            −100 is taken for Hounsfield units, and everything else has none.
+        path: the file or folder.
+        unit: what the values are in. Unless given, a DICOM CT is in Hounsfield units and
+            a PET in SUV, NIfTI whose least value is below −100 is taken for Hounsfield
+            units, and everything else has none.
         axes: where a NIfTI array's axes point, such as ``"RAS"``, for a file whose
             affine is known to be wrong; voxel sizes are still taken from it.
         colour: take pictures with colours, too; see `Image`.
+        placed: refuse what does not say where it lies in the world.
 
     Raises:
         ValueError: the file is missing, truncated, not an image, or not finite.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: check the name")
-    name = path.name.lower()
-    try:
-        if name.endswith((".nii", ".nii.gz")):
-            image = _read_nifti(path, axes)
-        elif name.endswith(".npy"):
-            array = np.load(path, allow_pickle=False)
-            image = Image.from_array(_stack(array))
-        elif name.endswith((".png", ".tif", ".tiff", ".jpg", ".jpeg")):
-            image = Image.from_array(_stack(_read_picture(path, colour)))
-            image = replaced(image, colour=len(image.values) == 3)
-        else:
-            raise ValueError(f"unknown kind of file; it can be {READABLE}")
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ValueError(f"cannot read {path}: {first_line}") from error
+    image = (
+        read_dicom(path) if path.is_dir() else _read_file(path, axes, colour, placed)
+    )
     if image.values.numel() == 0:
         raise ValueError(f"{path} holds no numbers")
     if not image.values.isfinite().all():
@@ -65,19 +54,48 @@ def read(
             f"{path} holds NaN or infinite values: repair or mask them first"
         )
     if unit is None:
-        hounsfield = name.endswith((".nii", ".nii.gz")) and image.values.min() < -100
-        unit = "HU" if hounsfield else ""
+        nifti = path.name.lower().endswith((".nii", ".nii.gz")) and path.is_file()
+        unit = "HU" if nifti and image.values.min() < -100 else image.unit
     return replaced(image, unit=unit)
 
 
-def write(path: str | Path, image: Image) -> None:
+def _read_file(path: Path, axes: str | None, colour: bool, placed: bool) -> Image:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: check the name")
+    name = path.name.lower()
+    try:
+        if name.endswith((".nii", ".nii.gz")):
+            return _read_nifti(path, axes, placed)
+        if placed:
+            raise ValueError("it does not say where it lies: give NIfTI or DICOM")
+        if name.endswith(".npy"):
+            array = np.load(path, allow_pickle=False)
+            return Image.from_array(_stack(array))
+        if name.endswith((".png", ".tif", ".tiff", ".jpg", ".jpeg")):
+            image = Image.from_array(_stack(_read_picture(path, colour)))
+            return replaced(image, colour=len(image.values) == 3)
+        raise ValueError(f"unknown kind of file; it can be {READABLE}")
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot read {path}: {first_line}") from error
+
+
+def write(path: str | Path, image: Image, *, labels: bool = False) -> None:
     """Write an image, all of it or nothing.
 
     NIfTI (with its affine) and NumPy keep the numbers; a picture (.png) has 256 levels
     from 0 to 1, and is of one slice or in colours.
+
+    Args:
+        path: the file.
+        image: what to write.
+        labels: whether the values are whole numbers from 0 to 255, to be kept as such.
     """
     path = Path(path)
     array = image.values.detach().cpu().numpy()
+    array = array.astype(np.uint8) if labels else array
     if path.name.endswith((".nii", ".nii.gz")):
         import nibabel as nib
 
@@ -154,29 +172,22 @@ def _read_picture(path: Path, colour: bool) -> np.ndarray:
     return array / np.iinfo(array.dtype).max if array.dtype.kind == "u" else array
 
 
-def _read_nifti(path: Path, axes: str | None) -> Image:
+def _read_nifti(path: Path, axes: str | None, placed: bool) -> Image:
     from nibabel.nifti1 import load
-    from nibabel.orientations import (
-        apply_orientation,
-        axcodes2ornt,
-        inv_ornt_aff,
-        io_orientation,
-        ornt_transform,
-    )
 
     file = load(path)
     if len(file.shape) not in (2, 3):
         raise ValueError(f"expected a volume, got an array of shape {file.shape}")
-    shape = (*file.shape, 1)[:3]
+    if placed and not (file.header["sform_code"] or file.header["qform_code"]):
+        raise ValueError(
+            "it does not say where it lies (its sform_code and qform_code are 0): write "
+            "its affine with a code, such as 1 for the scanner's coordinates"
+        )
     given = np.asarray(file.affine)
     if axes is not None:
         given = _affine(axes, np.linalg.norm(given[:3, :3], axis=0))
-    # The array's axes run Left, Posterior, Superior after this, each from its opposite.
-    turn = ornt_transform(io_orientation(given), axcodes2ornt(("L", "P", "S")))
-    array = apply_orientation(file.get_fdata(dtype=np.float32).reshape(shape), turn)
-    affine = given @ inv_ornt_aff(turn, shape)
-    values = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 1, 0)))
-    return Image(values, affine)
+    shape = (*file.shape, 1)[:3]
+    return upright(file.get_fdata(dtype=np.float32).reshape(shape), given)
 
 
 def _affine(axes: str, sizes: np.ndarray) -> np.ndarray:

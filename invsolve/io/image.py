@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Unit = Literal["HU", "1/mm", ""]
+Unit = Literal["HU", "1/mm", "SUV", ""]
 
 
 @final
@@ -23,7 +23,8 @@ class Image:
         values: (z, y, x); a single picture has z = 1.
         affine: 4×4, from the index (x, y, z) to millimetres in the world of NIfTI (x to
             the patient's right, y to the front, z to the head).
-        unit: of the values: Hounsfield units, attenuation in 1/mm, or none.
+        unit: of the values: Hounsfield units, attenuation in 1/mm, standardised uptake (by
+            body weight, g/ml), or none.
         colour: whether the three "slices" are the red, green and blue of one picture.
     """
 
@@ -49,3 +50,27 @@ class Image:
         affine = self.affine.copy()
         affine[:3, 3] += start * affine[:3, 2]
         return replace(self, values=self.values[start:stop], affine=affine)
+
+
+def upright(array: np.ndarray, affine: np.ndarray, unit: Unit = "") -> Image:
+    """The image of an array (i, j, k), its axes permuted and flipped as `Image` has them.
+
+    Args:
+        array: in any of the 48 orders in which a volume can be stored.
+        affine: 4×4, from the index (i, j, k) to millimetres in the world of NIfTI.
+        unit: of the values.
+    """
+    from nibabel.orientations import apply_orientation, inv_ornt_aff
+
+    turn = turn_of(affine)
+    turned = apply_orientation(array, turn)
+    values = np.ascontiguousarray(turned.transpose(2, 1, 0), dtype=np.float32)
+    moved = affine @ inv_ornt_aff(turn, array.shape)
+    return Image(torch.from_numpy(values), moved, unit)
+
+
+def turn_of(affine: np.ndarray) -> np.ndarray:
+    """What nibabel has to do to an array for its axes to run Left, Posterior, Superior."""
+    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+
+    return ornt_transform(io_orientation(affine), axcodes2ornt(("L", "P", "S")))

@@ -13,12 +13,12 @@ from torch import Generator, Tensor, nn
 from invsolve import io
 from invsolve.grids import covered, resampled
 from invsolve.io import Image
-from invsolve.priors import UNet, UNetConfig
+from invsolve.priors import Prior, UNet, UNetConfig
 from invsolve.priors.families.family import filled
 from invsolve.priors.reading import read_checkpoint
 from invsolve.priors.unet import laid_out
 from invsolve.priors.weights import sha256
-from invsolve.random import spawn
+from invsolve.random import randn_like, spawn
 from invsolve.samplers import unconditional
 from invsolve.samplers.core import Progress
 from invsolve.samplers.solvers import DDIM
@@ -273,14 +273,11 @@ def segment_case(
         )
     start = time.perf_counter()
     prior = segmenter.given(case, window)
-    images = prior.images if device is None else prior.images.to(device)
     prior = prior if device is None else prior.to(device)
-    like = images.new_zeros(1, len(segmenter.labels), *case.grid.shape)
-    highest = torch.tensor(prior.sigma_max, device=like.device)
+    like = torch.zeros(1, len(segmenter.labels), *case.grid.shape, device=device)
     streams = spawn(generator, samples)
     with torch.no_grad():
-        n = highest * torch.randn(like.shape, generator=spawn(generator, 1)[0]).to(like)
-        expected = (1 + prior.denoise(n, highest)[0]) / 2
+        expected = probability(prior, like, spawn(generator, 1)[0])
         draws: list[Tensor] = []
         for at in progress(range(0, samples, chunk)):
             part = streams[at : at + chunk]
@@ -294,13 +291,21 @@ def segment_case(
             draws.append((1 + m.cpu()) / 2)
     return Segmentation(
         torch.cat(draws),
-        expected.cpu(),
+        expected[0].cpu(),
         case.grid,
         segmenter.labels,
         segmenter.card,
         passes=1 + samples * steps,
         seconds=time.perf_counter() - start,
     )
+
+
+@torch.no_grad()
+def probability(prior: Prior, like: Tensor, generator: Generator) -> Tensor:
+    """P(m = 1 | scans) by one pass: (1 + D)/2 at the highest level, of noise alone."""
+    highest = torch.tensor(prior.sigma_max, device=like.device)
+    noise = highest * randn_like(like, generator)
+    return (1 + prior.denoise(noise, highest)) / 2
 
 
 def save(
