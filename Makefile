@@ -5,7 +5,7 @@ BIN := .venv/bin
 MINUTES ?= 9
 RUNS ?= runs
 
-.PHONY: demo test lint types check bench-ct bench-operators test-cuda bench-cuda train-priors clean
+.PHONY: demo test lint types check bench-ct bench-operators bench-segmentation test-cuda bench-cuda train-priors clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,12 @@ bench-ct: .venv/installed
 bench-operators: .venv/installed
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/operators.py --docs
+
+bench-segmentation: .venv/installed
+	$(BIN)/python benchmarks/make_petct_population.py --out $(INVSOLVE_DATA)/petct
+	$(BIN)/python benchmarks/segmentation.py train
+	$(BIN)/python benchmarks/segmentation.py run
+	$(BIN)/python benchmarks/segmentation.py docs
 
 # With a CUDA device: each has a time budget, takes up where it left off, and writes
 # what it finds to $(RUNS).

@@ -342,7 +342,8 @@ class Bench:
                     **method.fixed,
                     **options,
                 )
-            except ValueError:  # it diverged
+            except ValueError as error:  # it diverged, or is not for this problem
+                trial.set_user_attr("refused", str(error))
                 return -100.0
             return self.score(solution.mean, truth)
 
@@ -353,6 +354,8 @@ class Bench:
         study.enqueue_trial(dict(method.first))
         study.optimize(objective, n_trials=TRIALS)
         best = study.best_trial
+        if "refused" in best.user_attrs:
+            return {"refused": best.user_attrs["refused"]}
         return {
             "options": best.user_attrs["options"],
             "psnr": best.value,
@@ -368,7 +371,11 @@ class Bench:
         missing = [m for m in [*self.classical, *self.methods] if m not in settings]
         if missing:
             print(f"{self.name}: not tuned yet: {', '.join(missing)}")
-        ready = [m for m in [*self.classical, *self.methods] if m in settings]
+        ready = [
+            m
+            for m in [*self.classical, *self.methods]
+            if m in settings and "refused" not in settings[m]
+        ]
         truth, problem = self.measured("test", TEST)
         for part in (self.table, self.spread, self.curve):
             if self.args.only not in (None, part.__name__):
@@ -379,6 +386,10 @@ class Bench:
                     row = part(name, settings[name]["options"], truth, problem)
                     if row is not None:
                         known[name] = row
+                        if part == self.table:
+                            # Runs go on elsewhere; seconds are of one machine.
+                            on = f"{torch.get_num_threads()} of {machine()}"
+                            self.found.setdefault("timed_on", {})[name] = on
                         self.save()
 
     def reference(self, until: float) -> None:
@@ -675,10 +686,14 @@ def section(name: str, result: Mapping[str, Any]) -> str:
             f"| {'–' if mean is None else f'{mean:.2f}'} | {cover[0]} | {cover[1]} "
             f"| {row['forwards']:.0f} + {row['backwards']:.0f} | {row['seconds']:.2f} |"
         )
+    timed: dict[str, list[str]] = {}
+    for method in result["table"]:
+        timed.setdefault(result["timed_on"].get(method, ""), []).append(label(method))
+    where = "; ".join(f"{', '.join(names)} on {on}" for on, names in timed.items())
     lines += [
         "",
         f"{TEST} images, one draw each, and {task.few} of them with 8 draws; "
-        f"{result['date']}, {result['machine']}, network in {result['precision']}, seed 1.",
+        f"{result['date']}, network in {result['precision']}, seed 1. Seconds: {where}.",
     ]
     return "\n".join(lines)
 

@@ -120,8 +120,8 @@ def test_precision_is_kept(dtype: torch.dtype, legacy: bool, tmp_path: Path) -> 
 
 def test_a_safetensors_header_may_begin_as_a_pickle_does(tmp_path: Path) -> None:
     # The header is padded to a multiple of 8: some length ends in 0x80, as pickles begin.
+    path = tmp_path / "file.safetensors"
     for n in range(300):
-        path = tmp_path / "file.safetensors"
         save_file(STATE, path, {"note": "n" * n})
         if path.read_bytes()[0] == 0x80:
             break

@@ -124,7 +124,7 @@ def test_scribbles_are_measurements(templates):
         of_templates(templates),
         samplers.mmps,
         samples=100,
-        steps=25,
+        steps=16,
         generator=Generator().manual_seed(0),
     )
     masks = solution.samples[:, 0]
