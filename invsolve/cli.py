@@ -669,6 +669,9 @@ def segment(
             help="The true mask (NIfTI), 0 and the labels' numbers, to score."
         ),
     ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the network: bf16 is faster where it is fast.")
+    ] = "float32",
     dicom_seg: Annotated[
         bool, typer.Option("--dicom-seg", help="Write mask.dcm, too, of a DICOM CT.")
     ] = False,
@@ -714,6 +717,7 @@ def segment(
             steps=steps,
             generator=Generator().manual_seed(seed),
             device=where,
+            precision=precision,
             progress=progress,
         )
     inputs = {
@@ -941,12 +945,13 @@ def evaluate_prior(
     """Measure a prior on images it never saw: one page, and its numbers beside it (.json).
 
     Denoising beside total variation, samples and the training images nearest to them,
-    likelihoods, spectrum.
+    likelihoods, spectrum. A prior of latents is measured in them, beside the best linear
+    denoiser, and its autoencoder by what it leaves of images.
     """
     from tqdm import tqdm
 
     from invsolve import report_card
-    from invsolve.training import TrainConfig
+    from invsolve.training_latent import LatentConfig
 
     if out.suffix != ".html":
         raise ValueError(f"--out is a page: {out} should end in .html")
@@ -956,9 +961,9 @@ def evaluate_prior(
     card = report_card.evaluate(
         Path(name).name.removesuffix(".json"),
         prior,
-        TrainConfig.read(config).data,
+        LatentConfig.read(config).data,
         home,
-        other=None if other is None else TrainConfig.read(other).data,
+        other=None if other is None else LatentConfig.read(other).data,
         images=images,
         samples=samples,
         generator=Generator().manual_seed(seed),

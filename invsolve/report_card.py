@@ -1,9 +1,14 @@
-"""How good a prior is: measured on images that it never saw, told on one page."""
+"""How good a prior is: measured on images that it never saw, told on one page.
+
+A prior of latents is measured in them, and its autoencoder on images; what it draws is
+decoded first.
+"""
 
 import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, final
@@ -15,8 +20,10 @@ from torch.nn.functional import pad
 
 from .io import replace
 from .likelihood import bits_per_dimension, log_likelihood
+from .metrics import psnr, ssim
 from .operators import GaussianNoise, Identity
 from .priors import Prior
+from .priors.latent import LatentPrior
 from .problem import InverseProblem
 from .random import randn_like
 from .report import machine, render, versions
@@ -32,18 +39,26 @@ LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 LEVEL = 0.2
 """The one by whose denoising error images of another kind are told."""
 
+LATENT_LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+LATENT_LEVEL = 0.4
+"""The same for latents, whose spread is about twice that of images in [−1, 1]."""
+
 TV_LAMBDAS = (0.2, 0.3, 0.5, 0.8, 1.2, 2.0)
 """λ in units of 1/σ: what TV denoising needs grows with the noise."""
+
+Denoiser = Callable[[Tensor], Tensor]
+Rival = Callable[[float, Generator], Denoiser]
+"""At a noise level, the denoiser without a network that the prior is set beside."""
 
 
 @final
 @dataclass(frozen=True)
 class Denoising:
-    """PSNR in dB at one noise level: of the noisy image, of TV's and of the prior's."""
+    """PSNR in dB at one noise level: of the noisy image, the rival's and the prior's."""
 
     sigma: float
     noisy: float
-    tv: float
+    rival: float
     prior: float
 
 
@@ -61,6 +76,28 @@ class Likelihood:
 
 @final
 @dataclass(frozen=True)
+class Reconstruction:
+    """What an autoencoder leaves of held-out images: Dec(Enc(x)) beside x.
+
+    Attributes:
+        psnr, ssim: means over the images; PSNR in dB of all channels together, SSIM of
+            each channel by itself.
+        data_range: of both.
+        sheet: images above, what is left of them below; a PNG file in base 64.
+    """
+
+    psnr: float
+    ssim: float
+    data_range: float
+    sheet: str
+
+    def numbers(self) -> dict[str, float]:
+        """What is not a picture."""
+        return {k: v for k, v in vars(self).items() if k != "sheet"}
+
+
+@final
+@dataclass(frozen=True)
 class Memory:
     """Median distance to the nearest training image, of samples and held-out images."""
 
@@ -71,9 +108,16 @@ class Memory:
 @final
 @dataclass(frozen=True, eq=False)
 class ReportCard:
-    """All that the page tells; the pictures are PNG files in base 64."""
+    """All that the page tells; the pictures are PNG files in base 64.
+
+    Attributes:
+        rival: ``TV``, or ``linear`` for a prior of latents.
+        data_range: of the denoising's PSNR: the images' range, or the latents' spread.
+        reconstruction: by the autoencoder of a prior of latents.
+    """
 
     name: str
+    rival: str
     denoising: list[Denoising]
     likelihood: list[Likelihood]
     memory: Memory
@@ -84,17 +128,44 @@ class ReportCard:
     pairs: str
     spectrum: str
     facts: Mapping[str, Mapping[str, str]]
-    level: float = LEVEL
+    level: float
+    reconstruction: Reconstruction | None = None
 
     def numbers(self) -> dict[str, Any]:
-        """What is not a picture, for a file."""
+        """What is not a picture, for a file; the rival goes by its name."""
+        rival = self.rival.lower()
+        coding = self.reconstruction
         return {
-            "denoising": [vars(row) for row in self.denoising],
+            **({} if coding is None else {"reconstruction": coding.numbers()}),
+            "denoising": [
+                {rival if k == "rival" else k: v for k, v in vars(row).items()}
+                for row in self.denoising
+            ],
             "likelihood": [vars(row) for row in self.likelihood],
             "memory": vars(self.memory),
             "data_range": self.data_range,
             "counts": dict(self.counts),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class _Space:
+    """Where a prior denoises: in images themselves, or in what stands for them.
+
+    Attributes:
+        encode, decode: from images in the prior's range and back.
+        rival, name: what the prior's denoising is set beside.
+        spread: of held-out items, the R of 10 log₁₀ R²/MSE.
+        levels, level: the noise levels of the table, and that of the denoising error.
+    """
+
+    encode: Denoiser
+    decode: Denoiser
+    rival: Rival
+    name: str
+    spread: Callable[[Tensor], float]
+    levels: tuple[float, ...]
+    level: float
 
 
 def evaluate(
@@ -115,11 +186,11 @@ def evaluate(
 
     Args:
         name: as the page calls it.
-        prior: what is measured, in its own range.
+        prior: what is measured, in its own range; one of latents is measured in them.
         data: where its training and validation images are, and how they are read.
         root: the folder to which these places are relative.
-        other: images of another kind, of as many channels; they are cut or filled with
-            zeros to the same size.
+        other: images of another kind, of as many channels or grey; they are cut or
+            filled with zeros to the same size.
         images: how many of each kind, evenly from what there is.
         samples: unconditional ones.
         steps: of the flow, for samples and likelihoods.
@@ -135,26 +206,31 @@ def evaluate(
     if other is not None:
         strange = _evenly(load(root / other.val, other, generator), images).float()
         kinds["of another kind"] = _fit(strange, held_out)
-    data_range = float(held_out.max() - held_out.min())
+    inner.check(tuple(held_out.shape[1:]))
+    space = _latents(inner, train) if isinstance(inner, LatentPrior) else _pixels(seen)
+    coded = {kind: space.encode(x) for kind, x in kinds.items()}
+    x0 = coded["held out"]
+    back, spread = space.decode(x0), space.spread(x0)
 
-    drawn = unconditional(
+    state = unconditional(
         inner,
-        torch.zeros(samples, *held_out.shape[1:]),
+        torch.zeros(samples, *x0.shape[1:]),
         steps=steps,
         generator=generator,
         progress=progress,
     )
+    drawn = space.decode(state)
     table = [
-        denoising(inner, held_out, seen, sigma, data_range, generator)
-        for sigma in LEVELS
+        denoising(inner, space.rival, x0, sigma, spread, generator)
+        for sigma in space.levels
     ]
     bits, errors = {}, {}
-    for kind, x in kinds.items():
+    for kind, x in coded.items():
         log_p = log_likelihood(
             inner, x, steps=steps, generator=generator, progress=progress
         )
         bits[kind] = bits_per_dimension(log_p, x[0].numel())
-        errors[kind] = _denoising_error(inner, x, LEVEL, generator)
+        errors[kind] = _denoising_error(inner, x, space.level, generator)
     rows = [
         Likelihood(
             kind,
@@ -166,9 +242,13 @@ def evaluate(
         for kind, b in bits.items()
     ]
     near, index = nearest(drawn, train)
-    near_held_out, _ = nearest(held_out, train)
+    near_held_out, _ = nearest(back, train)
     closest = near.argsort()[:8]
     pairs = torch.cat([drawn[closest], train[index[closest]].float()])
+    spectra, coding = {"held out": held_out, "samples": drawn}, None
+    if isinstance(inner, LatentPrior):
+        coding = reconstruction(held_out, back)
+        spectra["held out, decoded"] = back
     today = datetime.now(UTC).date().isoformat()
     facts = {
         "Prior": {k: str(v) for k, v in prior.info if v not in (None, "", ())},
@@ -177,48 +257,100 @@ def evaluate(
             "machine": machine(torch.device("cpu")),
             "seed": str(generator.initial_seed()),
             "steps of the flow": str(steps),
+            "held-out images": str(data.val),
+            **({} if other is None else {"of another kind": str(other.val)}),
             **versions(),
         },
     }
     return ReportCard(
         name,
+        space.name,
         table,
         rows,
         Memory(float(near.median()), float(near_held_out.median())),
-        data_range,
+        spread,
         {"samples": samples, "held_out": len(held_out), "train": len(train)},
         sheet(drawn, held_out),
         sheet(held_out[:16], held_out),
         sheet(pairs, held_out, columns=len(closest)),
-        _spectra({"held out": held_out, "samples": drawn}),
+        _spectra(spectra),
         facts,
+        space.level,
+        coding,
     )
 
 
 def denoising(
     prior: Prior,
+    rival: Rival,
     x0: Images,
-    tuning: Images,
     sigma: float,
     data_range: float,
     generator: Generator,
 ) -> Denoising:
-    """PSNR of D(x₀ + σn; σ), and of TV whose λ is the best on other images."""
-
-    def score(x: Tensor, truth: Tensor) -> float:
-        return float(10 * (data_range**2 / (x - truth).square().mean()).log10())
-
-    noisy = tuning + sigma * randn_like(tuning, generator)
-    tried = {lam: score(_tv(noisy, sigma, lam), tuning) for lam in TV_LAMBDAS}
-    best = max(tried, key=tried.__getitem__)
+    """PSNR of D(x₀ + σn; σ), and of the rival's at that level."""
+    classical = rival(sigma, generator)
     noisy = x0 + sigma * randn_like(x0, generator)
     with torch.no_grad():
         denoised = prior.denoise(noisy, torch.tensor(sigma))
     return Denoising(
         sigma,
-        score(noisy, x0),
-        score(_tv(noisy, sigma, best), x0),
-        score(denoised, x0),
+        _psnr(noisy, x0, data_range),
+        _psnr(classical(noisy), x0, data_range),
+        _psnr(denoised, x0, data_range),
+    )
+
+
+def tuned_tv(tuning: Images) -> Rival:
+    """Total variation whose λ is, at each level, the best on other images."""
+
+    def at(sigma: float, generator: Generator) -> Denoiser:
+        noisy = tuning + sigma * randn_like(tuning, generator)
+        errors = {
+            lam: float((_tv(noisy, sigma, lam) - tuning).square().mean())
+            for lam in TV_LAMBDAS
+        }
+        best = min(errors, key=errors.__getitem__)
+        return lambda x: _tv(x, sigma, best)
+
+    return at
+
+
+def wiener(train: Images) -> Rival:
+    """D(x; σ) = m + F⁻¹ S (S + σ²I)⁻¹ F (x − m): the best linear one, alike everywhere.
+
+    S are the (c, c) spectra of all channels together, frequency by frequency, and m is
+    the channels' mean, both over the training items. It is the denoiser of the Gaussian
+    field with these moments, periodic at the edges; where nothing varies it has only m.
+    """
+    mean = train.mean((0, 2, 3), keepdim=True)
+    fourier = torch.fft.fft2(train - mean, norm="ortho")
+    S = torch.einsum("nchw,ndhw->hwcd", fourier, fourier.conj()) / len(train)
+
+    def at(sigma: float, generator: Generator) -> Denoiser:
+        gain = torch.linalg.solve(S + sigma**2 * torch.eye(S.shape[-1]), S)
+
+        def denoise(x: Tensor) -> Tensor:
+            filtered = torch.einsum("hwcd,ndhw->nchw", gain, torch.fft.fft2(x - mean))
+            return mean + torch.fft.ifft2(filtered).real
+
+        return denoise
+
+    return at
+
+
+def reconstruction(x: Images, back: Images) -> Reconstruction:
+    """What is left of images once they are coded and decoded, in their own range."""
+    data_range = float(x.max() - x.min())
+    whole, single = (
+        [t.reshape(shape) for t in (back, x)]
+        for shape in ((len(x), 1, 1, -1), (-1, 1, *x.shape[2:]))
+    )
+    return Reconstruction(
+        float(psnr(*whole, data_range).mean()),
+        float(ssim(*single, data_range).mean()),
+        data_range,
+        sheet(torch.cat([_evenly(t, 8) for t in (x, back)]), x, min(8, len(x))),
     )
 
 
@@ -279,6 +411,38 @@ def save_card(path: Path, card: ReportCard) -> None:
 # --- parts
 
 
+def _pixels(seen: Images) -> _Space:
+    """Of a prior of images; TV is tuned on some of those that it has seen."""
+    return _Space(
+        lambda x: x,
+        lambda x: x,
+        tuned_tv(seen),
+        "TV",
+        lambda x: float(x.max() - x.min()),
+        LEVELS,
+        LEVEL,
+    )
+
+
+def _latents(inner: LatentPrior, train: Images) -> _Space:
+    """Of a prior of latents; the linear denoiser is fitted to the training images'."""
+
+    @torch.no_grad()
+    def by_parts(f: Denoiser, x: Tensor) -> Tensor:
+        return torch.cat([f(part.float()) for part in x.split(32)])
+
+    encode = partial(by_parts, inner.encode)
+    return _Space(
+        encode,
+        partial(by_parts, inner.decode),
+        wiener(encode(train)),
+        "linear",
+        lambda z: float(z.std((0, 2, 3)).square().mean().sqrt()),
+        LATENT_LEVELS,
+        LATENT_LEVEL,
+    )
+
+
 def _evenly(x: Tensor, n: int) -> Tensor:
     """n of the items at even distances; all of them if there are fewer."""
     if len(x) <= n:
@@ -287,7 +451,9 @@ def _evenly(x: Tensor, n: int) -> Tensor:
 
 
 def _fit(x: Images, like: Images) -> Images:
-    """Cut or filled with zeros around the middle, to the size of others."""
+    """Cut or filled with zeros around the middle, to the size of others; grey in theirs."""
+    if x.shape[1] == 1:
+        x = x.expand(-1, like.shape[1], -1, -1)
     if x.shape[1] != like.shape[1]:
         raise ValueError(
             f"the images of another kind have {x.shape[1]} channel(s), the prior's "
@@ -298,6 +464,11 @@ def _fit(x: Images, like: Images) -> Images:
         sides = [gap // 2, gap - gap // 2]
         x = pad(x, sides if axis == -1 else [0, 0, *sides])
     return x
+
+
+def _psnr(x: Images, truth: Images, data_range: float) -> float:
+    """Of all images together: 10 log₁₀ of R² over the mean square error of them all."""
+    return float(10 * (data_range**2 / (x - truth).square().mean()).log10())
 
 
 def _tv(x: Images, sigma: float, lam: float) -> Images:

@@ -229,6 +229,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path):
         named = () if "--model" in more else ("--model", model)
         assert main([str(w) for w in (*given, *named, *steps, *more)]) == 2
         out, err = capsys.readouterr()
+        err = err.rsplit("\r", 1)[-1]  # what stays of a progress bar, if one was shown
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1
         assert sorted(tmp_path.rglob("*")) == before
         return err

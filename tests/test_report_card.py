@@ -1,22 +1,39 @@
 """The report card's measures where their answers are known, and the page."""
 
+import json
 import math
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Generator
+from safetensors.torch import save_file
+from torch import Generator, Tensor
+from torch.nn import functional as F
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 from invsolve import io
-from invsolve.priors import GaussianPrior
+from invsolve.cli import app
+from invsolve.priors import AffineMap, GaussianPrior, UNetConfig
+from invsolve.priors.latent import (
+    Autoencoder,
+    AutoencoderConfig,
+    LatentPrior,
+    latent_card,
+)
+from invsolve.priors.unet import UNet
 from invsolve.report_card import (
     auroc,
     denoising,
     evaluate,
     nearest,
     power_spectrum,
+    reconstruction,
     save_card,
+    tuned_tv,
+    wiener,
 )
 from invsolve.training_data import Data
 
@@ -53,11 +70,49 @@ def test_denoising_white_pixels(generator: Generator) -> None:
     """MMSE: the error's variance is s²σ²/(s² + σ²), and TV cannot do better."""
     s, sigma = 0.5, 0.4
     x, tuning = s * torch.randn(2, 200, 1, SIDE, SIDE, generator=generator)
-    row = denoising(white(s), x, tuning, sigma, 2.0, generator)
+    row = denoising(white(s), tuned_tv(tuning), x, sigma, 2.0, generator)
     variance = s**2 * sigma**2 / (s**2 + sigma**2)
     assert row.prior == pytest.approx(10 * math.log10(4 / variance), abs=0.1)
     assert row.noisy == pytest.approx(10 * math.log10(4 / sigma**2), abs=0.1)
-    assert row.tv < row.prior
+    assert row.rival < row.prior
+
+
+def test_wiener_is_the_gaussian_s_denoiser(generator: Generator) -> None:
+    """Images and all their cyclic shifts have a covariance that is alike everywhere."""
+    mixing = torch.tensor([[1.0, 0.0], [0.8, 0.3]], dtype=torch.float64)
+    x = torch.randn(3, 2, 4, 5, generator=generator, dtype=torch.float64)
+    x = torch.einsum("cd,ndhw->nchw", mixing, x + x.roll(1, -1)) + 0.7
+    shifts = [(i, j) for i in range(4) for j in range(5)]
+    train = torch.cat([x.roll(s, (-2, -1)) for s in shifts])
+    mean = train.mean(0)
+    centred = (train - mean).flatten(1)
+    dense = GaussianPrior(mean, centred.T @ centred / len(train))
+    for sigma in (0.1, 1.0):
+        y = x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        expected = dense.denoise(y, torch.tensor(sigma, dtype=x.dtype))
+        assert_close(wiener(train)(sigma, generator)(y), expected)
+
+
+def test_what_is_left_of_images(generator: Generator) -> None:
+    """Means over the images, as scikit-image tells of each."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    x = torch.rand(3, 3, 16, 16, generator=generator)
+    back = x + torch.tensor([0.01, 0.1, 0.3])[:, None, None, None] * torch.randn(
+        x.shape, generator=generator
+    )
+    told = reconstruction(x, back)
+    data_range = float(x.max() - x.min())
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(x, back, strict=True)]
+    ratios: list[Any] = [
+        peak_signal_noise_ratio(a, b, data_range=data_range) for a, b in pairs
+    ]
+    likeness: list[Any] = [
+        structural_similarity(a, b, data_range=data_range, channel_axis=0)
+        for a, b in pairs
+    ]
+    assert told.psnr == pytest.approx(sum(ratios) / 3, rel=1e-5)
+    assert told.ssim == pytest.approx(sum(likeness) / 3, rel=1e-5)
 
 
 def test_auroc() -> None:
@@ -119,3 +174,121 @@ def test_another_number_of_channels_is_refused(tmp_path: Path, data: Data) -> No
     )
     with pytest.raises(ValueError, match=r"3 channel\(s\), the prior's 1"):
         evaluate("white", white(), data, tmp_path, other=photos, generator=Generator())
+
+
+# --- latents
+
+
+class Folded(Autoencoder):
+    """z are the pixels, four at a time, 1/s times as large; a tenth is lost on the way back."""
+
+    def __init__(self, s: float) -> None:
+        super().__init__()
+        self.channels, self.latent_channels, self.factor, self.s = 1, 4, 2, s
+
+    def encode(self, x: Tensor, generator: Any = None) -> Tensor:
+        return F.pixel_unshuffle(x, 2) / self.s
+
+    def decode(self, z: Tensor) -> Tensor:
+        return 0.9 * F.pixel_shuffle(z * self.s, 2)
+
+
+def test_a_card_of_a_known_latent_prior(tmp_path: Path, data: Data) -> None:
+    """White latents of variance 1: entropy, least error and loss are known."""
+    mean = torch.zeros(4, SIDE // 2, SIDE // 2)
+    latents = GaussianPrior(mean, torch.ones_like(mean), 0.01, 50.0)
+    prior = LatentPrior(latents, Folded(0.5), AffineMap(1.0, 0.0))
+    prior.info, prior.decisions = white().info, ()
+    card = evaluate(
+        "folded",
+        prior,
+        data,
+        tmp_path,
+        other=data.model_copy(update={"val": Path("other")}),
+        images=12,
+        samples=6,
+        steps=60,
+        generator=Generator().manual_seed(0),
+    )
+    assert card.reconstruction is not None
+    x = io.read(tmp_path / "val" / "a.nii").values
+    loss = 20 * torch.log10((x.max() - x.min()) / (0.1 * x.square().mean().sqrt()))
+    assert card.reconstruction.psnr == pytest.approx(float(loss), abs=0.3)
+    assert card.data_range == pytest.approx(1, abs=0.05)
+    for row in card.denoising:
+        assert row.noisy == pytest.approx(-20 * math.log10(row.sigma), abs=0.5)
+        least = 10 * math.log10(1 + 1 / row.sigma**2)
+        assert row.prior == pytest.approx(least, abs=0.5)
+        assert row.noisy < row.rival < row.prior
+    held_out, _, strange = card.likelihood
+    entropy = 0.5 * math.log2(2 * math.pi * math.e)
+    assert held_out.bits == pytest.approx(entropy, abs=0.1)
+    assert strange.auroc == 1 and strange.auroc_denoising == 1
+    assert card.memory.samples == pytest.approx(card.memory.held_out, rel=0.2)
+    assert "linear" in card.numbers()["denoising"][0]
+    save_card(tmp_path / "card.html", card)
+    page = (tmp_path / "card.html").read_text("utf-8")
+    assert "Bits per latent dimension" in page and "TV" not in page
+    assert page.count("data:image/png;base64,") == 5
+
+
+def test_the_command_takes_a_latent_prior(
+    tmp_path: Path, data: Data, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photographs and their configuration, beside slices in grey."""
+    from skimage.io import imsave
+
+    coding = AutoencoderConfig(3, 4, (8, 8), 1, 2, 4)
+    network = UNetConfig(4, (8, 8), 1, 1, 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nets = {"autoencoder": coding.build(), "network": UNet(network)}
+    state = {
+        f"{part}.{k}": v.contiguous()
+        for part, net in nets.items()
+        for k, v in net.state_dict().items()
+    }
+    save_file(state, tmp_path / "small.safetensors")
+    told = latent_card(
+        "small",
+        coding,
+        network,
+        sigma_data=1.0,
+        map=AffineMap(0.5, 0.5),
+        unit="",
+        training={},
+    )
+    (tmp_path / "small.json").write_text(json.dumps(told))
+    photo = torch.randint(256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+    imsave(tmp_path / "train" / "a.png", photo.numpy(), check_contrast=False)
+    (tmp_path / "small.toml").write_text(
+        'name = "small"\nkl = 1e-3\n[data]\ntrain = "train"\nval = "train"\n'
+        'pattern = "*.png"\nphoto_crops = 3\nsize = 16\nscale = 0.5\noffset = 0.5\n'
+        "[autoencoder]\nwidths = [8, 8]\n"
+    )
+    (tmp_path / "other.toml").write_text(
+        'name = "other"\n[data]\ntrain = "train"\nval = "other"\npattern = "*.nii"\n'
+        "min_foreground = 0\n"
+    )
+    monkeypatch.setenv("INVSOLVE_DATA", str(tmp_path))
+    page, other = tmp_path / "card.html", tmp_path / "other.toml"
+    words = ["priors", "evaluate", tmp_path / "small.json", tmp_path / "small.toml"]
+    words += ["-o", page, "--other", other, "--images", 2, "--samples", 2]
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    assert set(numbers["reconstruction"]) == {"psnr", "ssim", "data_range"}
+    kinds = [row["images"] for row in numbers["likelihood"]]
+    assert kinds == ["held out", "seen in training", "of another kind"]
+
+
+def test_every_committed_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    cards = import_module("cards")
+    lines = cards.table().splitlines()
+    names = {path.stem for path in cards.CARDS.glob("*.json")}
+    assert names and names == {line.split("`")[1] for line in lines if "`](" in line}
+    card = json.loads((cards.CARDS / "latent-photos-64.json").read_text())
+    row = card["denoising"][0]
+    assert cards.gains(card).startswith(f"{row['prior'] - row['linear']:+.1f} ")

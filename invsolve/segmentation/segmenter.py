@@ -22,6 +22,7 @@ from invsolve.random import randn_like, spawn
 from invsolve.samplers import unconditional
 from invsolve.samplers.core import Progress
 from invsolve.samplers.solvers import DDIM
+from invsolve.speed import Precision, accelerated
 
 from .cases import AIR_HU, SPACING_MM, Case, body_grid
 from .masks import MaskPrior, Network
@@ -205,6 +206,7 @@ def segment(
     chunk: int = 1,
     generator: Generator,
     device: torch.device | None = None,
+    precision: Precision = "float32",
     progress: Progress = iter,
 ) -> Segmentation:
     """Draws of the mask given CT and PET, by DDIM: m ~ p(m | CT, PET).
@@ -222,6 +224,7 @@ def segment(
         chunk: draws side by side.
         generator: of the draws, each of which has a stream of its own.
         device: where; the CPU unless given.
+        precision: of the network's passes, ``float32`` or ``bf16``.
         progress: wraps the loop over chunks, as ``tqdm`` does.
 
     Raises:
@@ -241,6 +244,7 @@ def segment(
         chunk=chunk,
         generator=generator,
         device=device,
+        precision=precision,
         progress=progress,
     )
 
@@ -255,6 +259,7 @@ def segment_case(
     chunk: int = 1,
     generator: Generator,
     device: torch.device | None = None,
+    precision: Precision = "float32",
     progress: Progress = iter,
 ) -> Segmentation:
     """`segment` of scans that are on the networks' grid already."""
@@ -272,8 +277,9 @@ def segment_case(
             f"network's {segmenter.multiple_of}: give a larger part of it"
         )
     start = time.perf_counter()
-    prior = segmenter.given(case, window)
-    prior = prior if device is None else prior.to(device)
+    given = segmenter.given(case, window)
+    given = given if device is None else given.to(device)
+    prior = accelerated(given, precision, compile=False)
     like = torch.zeros(1, len(segmenter.labels), *case.grid.shape, device=device)
     streams = spawn(generator, samples)
     with torch.no_grad():
