@@ -68,7 +68,7 @@ class SegmenterConfig(ConfigFile):
     cases: Cases
     network: dict[str, Any] = Field(default={})
     optimisation: Optimisation = Optimisation(
-        log_sigma_mean=0.7, log_sigma_std=1.3, batch=4, crop_batch=4
+        log_sigma_mean=1.5, log_sigma_std=1.5, batch=4, crop_batch=4
     )
     """How long; images are windows, of which a crop counts as a part."""
     sigma_min: float = 0.4
