@@ -340,8 +340,8 @@ def write_page(found: dict[str, Any]) -> None:
     count = max(len(rows) for rows in found["rows"].values())
     lines += [
         "",
-        f"{count} validation patients of OpenKBP (real CT), on whom nothing was trained or "
-        "tuned; **tumours and PET are simulated**. Dice with the bootstrap's 95 % interval "
+        f"{count} validation patients of OpenKBP (real CT), on whom nothing was trained; "
+        "**tumours and PET are simulated**. Dice with the bootstrap's 95 % interval "
         "over patients; HD95 is the larger of both directed 95th percentiles; Brier and "
         "ECE within 20 mm of the tumour. Network in bf16. "
         f"{found['date']}, {found['machine']}, seed 1.",
