@@ -151,7 +151,6 @@ def test_a_dose_spread_evenly_has_suv_1(tmp_path: Path) -> None:
         ({"AcquisitionTime": lambda k: f"11{40 - 10 * k:02}00"}, {}, 1 / 6),
         ({"AcquisitionTime": "121500"}, {}, 1.0),
     ],
-    ids=str,
 )
 def test_the_dose_decays_from_injection_to_scan(
     tags: Any, injection: Any, hours: float, tmp_path: Path
