@@ -1,40 +1,78 @@
 """What the bundled priors are worth, in one table: of docs/priors.md.
 
-    python benchmarks/cards.py --docs docs/priors.md
+    python benchmarks/cards.py --evaluate latent-photos-64 --docs docs/priors.md
 
-Of each prior's report card (docs/cards, by ``invsolve priors evaluate``) the denoising
-beside tuned total variation, how near its samples come to training images and how well its
-likelihood tells other images apart; and of benchmarks/results/quality the best sampler
-with it beside total variation on the tasks it is for. Nothing is measured here.
+Of each prior's report card (docs/cards) the denoising beside tuned total variation, or in
+latents beside the best linear filter, how near its samples come to training images and how
+well its likelihood tells other images apart; and of benchmarks/results/quality the best
+sampler with it beside total variation on the tasks it is for. ``--evaluate`` makes a
+prior's card again (``invsolve priors evaluate``, with $INVSOLVE_DATA); without it nothing
+is measured. A prior whose card is not there yet has no line.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ct_headneck import put
 
-CARDS = Path(__file__).parent.parent / "docs" / "cards"
+HOME = Path(__file__).parent.parent
+CARDS = HOME / "docs" / "cards"
 QUALITY = Path(__file__).parent / "results" / "quality"
 BEGIN, END = "<!-- cards: begin -->", "<!-- cards: end -->"
 
-TASKS: Mapping[str, Mapping[str, str]] = {
-    "ct-headneck-128": {"ct-30": "CT, 30 views", "ct-15": "CT, 15 views"},
-    "mr-brain-128": {"mr-4": "MR ×4", "mr-8": "MR ×8"},
-    "natural-64": {"sr-4": "SR ×4", "deblur": "deblurring", "inpaint": "inpainting"},
-    "natural-64-flow": {},
+
+@dataclass(frozen=True)
+class Bundled:
+    """What a bundled prior is measured on.
+
+    Attributes:
+        other: the configuration whose validation images are of another kind.
+        tasks: of benchmarks/results/quality, and their titles.
+        elsewhere: the page that tells its tasks, where that is another.
+    """
+
+    other: str
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: str = ""
+
+
+CT, MR = "ct-headneck-128", "mr-brain-128"
+PRIORS: Mapping[str, Bundled] = {
+    CT: Bundled(MR, {"ct-30": "CT, 30 views", "ct-15": "CT, 15 views"}),
+    MR: Bundled(CT, {"mr-4": "MR ×4", "mr-8": "MR ×8"}),
+    "natural-64": Bundled(
+        CT, {"sr-4": "SR ×4", "deblur": "deblurring", "inpaint": "inpainting"}
+    ),
+    "natural-64-x0": Bundled(CT),
+    "natural-64-eps": Bundled(CT),
+    "natural-64-flow": Bundled(CT),
+    "latent-photos-64": Bundled(CT, elsewhere="latent.md"),
 }
 CLASSICAL = ("TV", "FBP")
 
 
+def evaluate(name: str) -> None:
+    """Write a prior's card, as a user would."""
+    page, config = CARDS / f"{name}.html", HOME / "configs" / f"{name}.toml"
+    other = HOME / "configs" / f"{PRIORS[name].other}.toml"
+    words = ["priors", "evaluate", name, config, "-o", page, "--other", other]
+    subprocess.run([sys.executable, "-m", "invsolve.cli", *words], check=True)
+
+
 def gains(card: Mapping[str, Any]) -> str:
-    """PSNR over TV's at the least and the greatest noise, and how many between."""
-    return ", ".join(
-        f"{row['prior'] - row['tv']:+.1f} (σ = {row['sigma']:g})"
-        for row in card["denoising"][::2]
+    """PSNR over the rival's at the least noise, and at every other level above it."""
+    rows = card["denoising"]
+    rival = "linear" if "reconstruction" in card else "tv"
+    told = ", ".join(
+        f"{row['prior'] - row[rival]:+.1f} (σ = {row['sigma']:g})" for row in rows[::2]
     )
+    return f"{told}, of latents, over linear" if rival == "linear" else told
 
 
 def told_apart(card: Mapping[str, Any]) -> str:
@@ -47,8 +85,10 @@ def told_apart(card: Mapping[str, Any]) -> str:
 
 def tasks(name: str) -> str:
     """Of each task: the best of one draw, and of the mean of eight, over TV."""
+    if page := PRIORS[name].elsewhere:
+        return f"[{page}]({page})"
     told = []
-    for key, title in TASKS[name].items():
+    for key, title in PRIORS[name].tasks.items():
         path = QUALITY / f"{key}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         text = [title]
@@ -72,8 +112,11 @@ def table() -> str:
         "training image: samples / held out | other images told apart |",
         "| --- " * 5 + "|",
     ]
-    for name in TASKS:
-        card = json.loads((CARDS / f"{name}.json").read_text())
+    for name in PRIORS:
+        path = CARDS / f"{name}.json"
+        if not path.exists():
+            continue
+        card = json.loads(path.read_text())
         near = card["memory"]
         lines.append(
             f"| [`{name}`](cards/{name}.html) | {gains(card)} | {tasks(name)} | "
@@ -81,19 +124,23 @@ def table() -> str:
         )
     lines += [
         "",
-        "σ in the network's range; distances are root mean squares in it. Told apart: the "
-        "AUROC of images of another kind against held-out ones, by likelihood / denoising "
-        "(1 is always, 0.5 by chance). Made by `python benchmarks/cards.py` of the cards "
+        "σ in the network's range; distances are root mean squares in it, of a latent "
+        "prior's samples and held-out images once they are decoded. Told apart: the AUROC "
+        "of images of another kind against held-out ones, by likelihood / denoising (1 is "
+        "always, 0.5 by chance). Made by `python benchmarks/cards.py` of the cards "
         "(`invsolve priors evaluate`) and of `benchmarks/quality.py`'s results.",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the table, or put it between the page's marks."""
+    """Make cards, if any, and print the table or put it between the page's marks."""
     parser = argparse.ArgumentParser(description="What the bundled priors are worth.")
     parser.add_argument("--docs", type=Path)
+    parser.add_argument("--evaluate", nargs="+", choices=list(PRIORS), default=[])
     args = parser.parse_args()
+    for name in args.evaluate:
+        evaluate(name)
     if args.docs is None:
         print(table())
     else:

@@ -342,13 +342,10 @@ def wiener(train: Images) -> Rival:
 def reconstruction(x: Images, back: Images) -> Reconstruction:
     """What is left of images once they are coded and decoded, in their own range."""
     data_range = float(x.max() - x.min())
-    whole, single = (
-        [t.reshape(shape) for t in (back, x)]
-        for shape in ((len(x), 1, 1, -1), (-1, 1, *x.shape[2:]))
-    )
+    whole, single = (len(x), 1, 1, -1), (-1, 1, *x.shape[2:])
     return Reconstruction(
-        float(psnr(*whole, data_range).mean()),
-        float(ssim(*single, data_range).mean()),
+        float(psnr(back.reshape(whole), x.reshape(whole), data_range).mean()),
+        float(ssim(back.reshape(single), x.reshape(single), data_range).mean()),
         data_range,
         sheet(torch.cat([_evenly(t, 8) for t in (x, back)]), x, min(8, len(x))),
     )
