@@ -162,7 +162,7 @@ def draw_uptake(
             if len(voxels := where.nonzero()):
                 at = voxels[int(torch.randint(len(voxels), (), generator=generator))]
                 near = (_coordinates(hu) - at).square().sum(-1).sqrt() * spacing_mm
-                x[(near < between(5, 10)) & (hu > -200)] = between(2.5, 7.0)
+                x[(near < between(5.0, 10.0)) & (hu > -200)] = between(2.5, 7.0)
     uptake = max(2.5, min(20.0, 7.5 * float(torch.exp(0.45 * _normal(generator)))))
     x[tumour] = (uptake * textured(0.25, 12.0))[tumour]
     depth = _depth(tumour)
