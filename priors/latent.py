@@ -111,11 +111,22 @@ class KLAutoencoder(Autoencoder):
         return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
 
 
+def forgetful(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """f(t), whose activations are computed again in the backward pass, not kept.
+
+    f must give the same again: draws from a generator would be others.
+    """
+    if t.requires_grad and torch.is_grad_enabled():
+        return checkpoint(f, t, use_reentrant=False)
+    return f(t)
+
+
 @final
 class Tiled(Autoencoder):
     """An autoencoder run on overlapping squares, whose results are blended.
 
-    The memory is that of one square. A square's result counts not at all within a
+    The memory is that of one square, with gradients too: a square's activations are
+    computed again in the backward pass. A square's result counts not at all within a
     quarter of the overlap from its inner edges, and the more the further in, so that the
     whole is the untiled one wherever a latent sees no further than that. (Group
     normalisation sees the whole image: with it the two differ a little.)
@@ -142,12 +153,17 @@ class Tiled(Autoencoder):
 
     def encode(self, x: Images, generator: Randomness | None = None) -> Latents:
         def run(square: Tensor) -> Tensor:
-            return self.inner.encode(square, generator)
+            if generator is not None:
+                return self.inner.encode(square, generator)
+            return forgetful(self.inner.encode, square)
 
         return self._blended(run, x, self.factor, 1, self.latent_channels)
 
     def decode(self, z: Latents) -> Images:
-        return self._blended(self.inner.decode, z, 1, self.factor, self.channels)
+        def run(square: Tensor) -> Tensor:
+            return forgetful(self.inner.decode, square)
+
+        return self._blended(run, z, 1, self.factor, self.channels)
 
     def _blended(
         self,
@@ -209,8 +225,9 @@ class LatentPrior(Prior):
         prior: of the latents. Its conditioning is its own affair.
         autoencoder: between images in [−1, 1], or whatever ``map`` begins from, and z.
         map: from the autoencoder's range to the image's unit.
-        checkpointing: forget the activations of network and decoder, and compute them
-            again in the backward pass: less memory, about a third more time.
+        checkpointing: forget the activations of network and autoencoder, and compute
+            them again in the backward pass: less memory, about a third more time. A
+            `Tiled` autoencoder does so by itself.
     """
 
     def __init__(
@@ -234,16 +251,22 @@ class LatentPrior(Prior):
                 "channels, not images: use a sampler that works in them (stsl, psld, "
                 "ldps or resample)"
             )
-        return self._run(lambda z: self.prior.denoise(z, sigma), x)
+
+        def run(z: Tensor) -> Tensor:
+            return self.prior.denoise(z, sigma)
+
+        return forgetful(run, x) if self.checkpointing else run(x)
 
     def encode(self, x: X, generator: Randomness | None = None) -> Tensor:
         """Enc(x), the mean of q(z | x), or a draw from it if a generator is given."""
         u = self.map.inverse(x)
-        return self._run(lambda v: self.autoencoder.encode(v, generator), u)
+        if generator is not None:
+            return self.autoencoder.encode(u, generator)
+        return self._coded(self.autoencoder.encode, u)
 
     def decode(self, z: X) -> Tensor:
         """Dec(z), in the image's unit."""
-        return self.map(self._run(self.autoencoder.decode, z))
+        return self.map(self._coded(self.autoencoder.decode, z))
 
     def latent_like(self, x: X) -> Tensor:
         """Zeros of the shape, dtype and device of the latents of images like x."""
@@ -257,7 +280,8 @@ class LatentPrior(Prior):
         return inner, self.map
 
     def check(self, shape: tuple[int, ...]) -> None:
-        check_image(shape, self.autoencoder.channels, self.autoencoder.factor)
+        f = self.autoencoder.factor * vars(self.prior).get("multiple_of", 1)
+        check_image(shape, self.autoencoder.channels, f)
         latent = self._latent_shape(shape)
         try:
             self.prior.check(latent)
@@ -271,10 +295,10 @@ class LatentPrior(Prior):
         f = self.autoencoder.factor
         return (self.autoencoder.latent_channels, *(n // f for n in shape[1:]))
 
-    def _run(self, f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-        if self.checkpointing and t.requires_grad and torch.is_grad_enabled():
-            return checkpoint(f, t, use_reentrant=False)
-        return f(t)
+    def _coded(self, code: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+        # Squares forget on their own: around them it would be done twice.
+        once = self.checkpointing and not isinstance(self.autoencoder, Tiled)
+        return forgetful(code, t) if once else code(t)
 
 
 @final
@@ -552,6 +576,11 @@ def load_latent(
         told = _condition(folder, unet_config, condition, decisions)
         nothing = None
         if guidance != 1:
+            if not told:
+                raise ValueError(
+                    "its network is unconditional, so that there is nothing to be guided "
+                    "by: leave guidance out"
+                )
             nothing = _condition(folder, unet_config, null, decisions)
         net = Conditioned(unet, told, nothing, guidance).eval().requires_grad_(False)
         levels = 2 ** (len(unet_config["block_out_channels"]) - 1)
@@ -681,7 +710,7 @@ def _condition(
     if isinstance(given, Mapping):
         if "encoder_hidden_states" in given and not attends:
             raise ValueError("its network is unconditional: leave the embedding out")
-        return given
+        return _heard(given, config)
     if not attends:
         return {}
     if config.get("addition_embed_type"):
@@ -693,7 +722,21 @@ def _condition(
         decisions.append("told zeros, since there is no text encoder")
         return {"encoder_hidden_states": torch.zeros(1, config["cross_attention_dim"])}
     decisions.append(f"told the prompt {given or ''!r}")
-    return {"encoder_hidden_states": _embedded(folder, given or "")}
+    return _heard({"encoder_hidden_states": _embedded(folder, given or "")}, config)
+
+
+def _heard(told: Condition, config: Mapping[str, Any]) -> Condition:
+    """The same, if an embedding is of the network's width."""
+    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
+    embedding = told.get("encoder_hidden_states")
+    if embedding is None or not isinstance(width, int):
+        return told
+    if embedding.ndim != 2 or embedding.shape[1] != width:
+        raise ValueError(
+            f"the embedding must be (tokens, {width}), as the network's cross-attention "
+            f"takes it, got {tuple(embedding.shape)}"
+        )
+    return told
 
 
 def _embedded(folder: Path, prompt: str) -> Float[Tensor, "tokens dim"]:
@@ -710,12 +753,22 @@ def _embedded(folder: Path, prompt: str) -> Float[Tensor, "tokens dim"]:
     for part in ("tokenizer", "text_encoder"):
         if not (folder / part).is_dir():
             raise ValueError(f"a prompt needs {part}/, which is not in the folder")
-    tokenizer = CLIPTokenizer.from_pretrained(
-        folder / "tokenizer", local_files_only=True
-    )
-    encoder = CLIPTextModel.from_pretrained(
-        folder / "text_encoder", local_files_only=True, use_safetensors=True
-    )
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(
+            folder / "tokenizer", local_files_only=True
+        )
+        encoder, read = CLIPTextModel.from_pretrained(
+            folder / "text_encoder",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if missing := sorted(read["missing_keys"]):  # transformers would draw them
+            raise ValueError(f"its weights lack {missing[0]!r}")
+    # A damaged file can make transformers raise anything at all.
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ValueError(f"cannot read its text encoder: {first_line}") from error
     length = tokenizer.model_max_length
     tokens = tokenizer(
         prompt, padding="max_length", max_length=length, truncation=True

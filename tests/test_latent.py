@@ -34,6 +34,7 @@ from invsolve.samplers.ldps import ldps
 from invsolve.samplers.psld import gluing_pull, psld
 from invsolve.samplers.resample import resample
 from invsolve.samplers.stsl import stsl
+from invsolve.volumes import peak_bytes
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
@@ -159,6 +160,18 @@ def test_checkpointing_changes_no_number(generator: Generator) -> None:
     assert saved[1] < saved[0] / 20
 
 
+def test_a_draw_has_the_same_gradient_with_checkpointing(generator: Generator) -> None:
+    """Computed again, its noise would be another: it is not."""
+    edm, x = EDMPrior(nn.Identity()), torch.rand(1, 3, 16, 16, generator=generator)
+    x.requires_grad_()
+    grads = []
+    for checkpointing in (False, True):
+        prior = LatentPrior(edm, small_vae(), checkpointing=checkpointing)
+        z = prior.encode(x, Generator().manual_seed(7))
+        grads.append(torch.autograd.grad(z.square().sum(), x)[0])
+    close(grads[0], grads[1], 1e-6)
+
+
 # --- tiles
 
 
@@ -210,6 +223,40 @@ def test_tiles_have_gradients_and_bounds() -> None:
     for tile, overlap in ((5, 2), (8, 3), (8, 6), (8, 0)):
         with pytest.raises(ValueError, match="multiples of 2 and the overlap at most"):
             Tiled(ROTATION, tile, overlap)
+
+
+def test_the_memory_of_tiles_is_that_of_one_with_gradients_too() -> None:
+    """The peak of a backward pass does not grow with the image as the untiled one's."""
+    whole = small_vae()
+    tiled = Tiled(whole, 32, 16)
+
+    def peak(coding: Autoencoder, side: int) -> int:
+        def run() -> None:
+            x = torch.zeros(1, 3, side, side, requires_grad=True)
+            y = coding.decode(coding.encode(x))
+            torch.autograd.grad(y.sum(), x)
+
+        return peak_bytes(run)
+
+    image = 3 * 96**2 * 4
+    assert peak(whole, 96) > 8 * peak(whole, 32)
+    assert peak(tiled, 96) < peak(whole, 32) + 8 * image
+
+
+def test_checkpointing_around_tiles_computes_each_but_once_more(
+    generator: Generator,
+) -> None:
+    net = small_vae()
+    edm, runs = EDMPrior(nn.Identity()), []
+    net.vae.decoder.register_forward_pre_hook(lambda *_: runs.append(1))
+    z = torch.randn(1, 4, 16, 8, generator=generator, requires_grad=True)
+    grads = []
+    for checkpointing in (False, True):
+        runs.clear()
+        prior = LatentPrior(edm, Tiled(net, 32, 16), checkpointing=checkpointing)
+        grads.append(torch.autograd.grad(prior.decode(z).square().sum(), z)[0])
+        assert len(runs) == 2 * 3
+    close(grads[0], grads[1], 0)
 
 
 # --- files
@@ -435,6 +482,7 @@ def test_what_a_folder_is_refused_for(tmp_path: Path) -> None:
     refused(tmp_path, "cannot read the configuration .*No such file")
     folder_of(tmp_path, conditional=False)
     refused(tmp_path, "takes no text: leave the prompt out", condition="a cat")
+    refused(tmp_path, "unconditional, .* leave guidance out", guidance=2.0)
     told = {"encoder_hidden_states": torch.zeros(1, 6)}
     refused(tmp_path, "unconditional: leave the embedding out", condition=told)
     refused(
@@ -685,7 +733,13 @@ def test_the_latents_size_rule_is_told_in_pixels() -> None:
     unet = UNet(UNetConfig(4, (8, 8), 1, 1, 4))
     prior = LatentPrior(EDMPrior(unet, multiple_of=2, channels=4), ROTATION)
     prior.check((1, 8, 4))
-    with pytest.raises(ValueError, match="images of 6×4 have latents of 3×2, and the"):
+    with pytest.raises(ValueError, match="needs image sizes divisible by 4, got 6×4"):
+        prior.check((1, 6, 4))
+
+
+def test_what_else_the_latents_must_be_is_told_with_their_size() -> None:
+    prior = LatentPrior(EDMPrior(nn.Identity(), channels=3), ROTATION)
+    with pytest.raises(ValueError, match="images of 6×4 have latents of 3×2, and "):
         prior.check((1, 6, 4))
 
 
