@@ -757,12 +757,13 @@ def _embedded(folder: Path, prompt: str) -> Float[Tensor, "tokens dim"]:
         tokenizer = CLIPTokenizer.from_pretrained(
             folder / "tokenizer", local_files_only=True
         )
-        encoder, read = CLIPTextModel.from_pretrained(
+        made: Any = CLIPTextModel.from_pretrained(
             folder / "text_encoder",
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
         )
+        encoder, read = made
         if missing := sorted(read["missing_keys"]):  # transformers would draw them
             raise ValueError(f"its weights lack {missing[0]!r}")
     # A damaged file can make transformers raise anything at all.
