@@ -79,11 +79,11 @@ FIRST: Mapping[str, Any] = {"trace": "off"}
 METHODS: Mapping[str, Method] = {
     "STSL, K = 2": Method(stsl, 50, LAMS, {"averages": 2}),
     "STSL, K = 2, no trace": Method(stsl, 50, LAMS, {**FIRST, "averages": 2}),
-    "STSL, K = 5, no trace": Method(stsl, 50, LAMS, FIRST),
-    "PSLD, 100": Method(psld, 100, OMEGAS),
-    "LDPS, 100": Method(ldps, 100, ZETAS),
-    "ReSample": Method(resample, 100, WEIGHTS),
     "PSLD, 1000": Method(psld, 1000, OMEGAS, tuned_at=100),
+    "PSLD, 100": Method(psld, 100, OMEGAS),
+    "ReSample": Method(resample, 100, WEIGHTS),
+    "LDPS, 100": Method(ldps, 100, ZETAS),
+    "STSL, K = 5, no trace": Method(stsl, 50, LAMS, FIRST),
     "LDPS, 1000": Method(ldps, 1000, ZETAS, tuned_at=100),
 }
 
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
         with torch.no_grad():
             coded = torch.cat([prior.decode(prior.encode(v)) for v in test.split(8)])
         found |= {"coded": row_of(coded, test), **sizes, "machine": machine()}
-    pairs = [(m, t) for t in OPERATORS for m in METHODS]
+    pairs = [(m, t) for m in METHODS for t in OPERATORS]
     for label, name in tqdm(pairs, desc="latent samplers"):
         rows, method = found.setdefault(name, {}), METHODS[label]
         if label in rows:

@@ -747,7 +747,7 @@ def _embedded(folder: Path, prompt: str) -> Float[Tensor, "tokens dim"]:
         )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "a prompt needs the package transformers: pip install transformers, or give "
+            "a prompt needs transformers: pip install 'invsolve[text]', or give "
             "condition as tensors"
         ) from error
     for part in ("tokenizer", "text_encoder"):

@@ -167,7 +167,9 @@ def test_what_a_prompt_is_refused_for(
     (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
     refused(folder, "cannot read its text encoder", condition="a cat")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install transformers") as caught:
+    with pytest.raises(
+        ModuleNotFoundError, match=r"pip install 'invsolve\[text\]'"
+    ) as caught:
         load_latent(model[0], condition="a cat")
     assert "\n" not in str(caught.value)
 
