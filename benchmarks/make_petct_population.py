@@ -45,8 +45,11 @@ def main() -> None:
                 affine = case.grid.affine
                 images = folder / "imagesTr"
                 for path, values in (
-                    (images / f"{name}__CT.nii.gz", case.ct.round()),
-                    (images / f"{name}__PT.nii.gz", (1000 * case.pet).round() / 1000),
+                    (images / f"{name}__CT.nii.gz", case.scans["ct"].round()),
+                    (
+                        images / f"{name}__PT.nii.gz",
+                        (1000 * case.scans["pet"]).round() / 1000,
+                    ),
                     (label, case.masks[0].to(torch.float32)),
                 ):
                     io.write(path, io.Image(values, affine, ""))

@@ -32,7 +32,7 @@ from invsolve.priors.families.family import filled
 from invsolve.priors.reading import read_checkpoint
 from invsolve.priors.unet import folded, unfolded
 from invsolve.segmentation import metrics, uncertainty
-from invsolve.segmentation.cases import Case
+from invsolve.segmentation.cases import Case, modalities_of
 from invsolve.segmentation.segmenter import (
     Segmenter,
     Unaware,
@@ -51,16 +51,27 @@ RESULTS = Path(__file__).parent / "results" / "segmentation.json"
 PAGE = Path("docs/segmentation.md")
 CONFIG = Path("configs/petct-headneck.toml")
 DRAWS, STEPS = 4, 20
-EVERY = 3
-"""Of how many patients one is drawn for."""
 BEGIN, END = "<!-- segmentation: begin -->", "<!-- segmentation: end -->"
 
 
-def residual_unet() -> nn.Module:
+def residual_unet(scans: int = 2, labels: int = 1) -> nn.Module:
     """MONAI's residual U-Net, on the same folded voxels as ours."""
     from monai.networks.nets.unet import UNet
 
-    return Unaware(Folded(UNet(3, 16, 8, (32, 64, 128), (2, 2), num_res_units=2)))
+    folds = 8 * scans, 8 * labels
+    return Unaware(Folded(UNet(3, *folds, (32, 64, 128), (2, 2), num_res_units=2)))
+
+
+def unetr() -> nn.Module:
+    """MONAI's UNETR (Hatamizadeh et al., WACV 2022): 27 tokens of 16³ voxels each.
+
+    Of a width that takes about as long as the others do. Only windows of 48³ fit it.
+    """
+    from monai.networks.nets.unetr import UNETR
+
+    return Unaware(
+        UNETR(2, 1, (48, 48, 48), 8, hidden_size=96, mlp_dim=384, num_heads=6)
+    )
 
 
 class Folded(nn.Module):
@@ -80,7 +91,7 @@ class Model:
 
     Attributes:
         title: in words.
-        cases, network: entries of the configuration that differ.
+        cases, network, optimisation: entries of the configuration that differ.
         dice: the weight of the Dice loss, which the references are trained with.
         make: another network.
         side: what it needs a side to be divisible by.
@@ -89,6 +100,7 @@ class Model:
     title: str
     cases: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
+    optimisation: dict[str, Any] = field(default_factory=dict)
     dice: float = 0.0
     make: Callable[[], nn.Module] | None = None
     side: int | None = None
@@ -97,9 +109,19 @@ class Model:
 MODELS = {
     "petct": Model("3D diffusion, PET and CT"),
     "slices": Model("2D diffusion, PET and CT", network={"dims": 2}),
-    "pet": Model("3D diffusion, PET alone", cases={"modalities": ("pet",)}),
-    "ct": Model("3D diffusion, CT alone", cases={"modalities": ("ct",)}),
+    "pet": Model(
+        "3D diffusion, PET alone", cases={"modalities": modalities_of(["pet"])}
+    ),
+    "ct": Model("3D diffusion, CT alone", cases={"modalities": modalities_of(["ct"])}),
     "unet": Model("3D U-Net (MONAI), PET and CT", dice=1.0, make=residual_unet, side=8),
+    "unetr": Model(
+        "3D transformer (MONAI's UNETR), PET and CT",
+        cases={"crop": 48},
+        optimisation={"crop_part": 0.0},  # as many voxels, all in whole windows
+        dice=1.0,
+        make=unetr,
+        side=48,
+    ),
 }
 
 
@@ -113,6 +135,8 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), action="append")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=float("inf"))
+    every = "of how many patients one is drawn for; those drawn before stay"
+    parser.add_argument("--draws-every", type=int, default=3, help=every)
     args = parser.parse_args()
     if args.what == "docs":
         write_page(json.loads(RESULTS.read_text()))
@@ -131,6 +155,7 @@ def config_of(name: str, data: Path) -> SegmenterConfig:
             "name": "petct-headneck" if name == "petct" else f"petct-{name}",
             "cases": config.cases.model_copy(update={**folders, **model.cases}),
             "network": {**config.network, **model.network},
+            "optimisation": config.optimisation.model_copy(update=model.optimisation),
             "dice": model.dice,
         }
     )
@@ -172,19 +197,25 @@ def trained(name: str, args: argparse.Namespace) -> Segmenter:
 
 
 def run(name: str, args: argparse.Namespace, until: float) -> None:
-    """Every validation patient that is not measured yet."""
+    """Every validation patient that is not measured yet, or not drawn for."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     rows = found.setdefault("rows", {}).setdefault(name, {})
     config = config_of(name, args.data)
     cases = cases_in(config.cases.val)
-    if all(case.name in rows for case in cases):
+    drawn = {case.name for case in cases[:: args.draws_every] if name == "petct"}
+    left = [
+        case
+        for case in cases
+        if case.name not in rows
+        or (case.name in drawn and "draws" not in rows[case.name])
+    ]
+    if not left:
         return
     segmenter = trained(name, args)
-    for number, case in enumerate(tqdm(cases, desc=f"measure {name}")):
-        if case.name in rows or time.monotonic() > until:
-            continue
-        drawn = name == "petct" and number % EVERY == 0
-        rows[case.name] = measured(case, segmenter, DRAWS * drawn)
+    for case in tqdm(left, desc=f"measure {name}"):
+        if time.monotonic() > until:
+            break
+        rows[case.name] = measured(case, segmenter, DRAWS * (case.name in drawn))
         found |= {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
         keep(found)
     if name == "petct" and all(case.name in rows for case in cases):

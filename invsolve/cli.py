@@ -62,6 +62,7 @@ SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "dds": samplers.dds,
     "dds3d": samplers.dds3d,
     "mbir": samplers.mbir,
+    "dfm": samplers.dfm,
     "diffpir": samplers.diffpir,
     "dps": samplers.dps,
     "tmpd": samplers.tmpd,
@@ -647,14 +648,14 @@ def solve(
     epilog="Example: invsolve segment ct.nii.gz pet.nii.gz -o out --samples 8 --seed 1"
 )
 def segment(
-    ct: Annotated[
-        Path, typer.Argument(help="In HU: NIfTI, or a folder of one DICOM series.")
+    scans: Annotated[
+        list[Path],
+        typer.Argument(
+            help="What the model sees: CT in HU and PET in SUV, or MR. NIfTI, or a folder "
+            "of one DICOM series each."
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="A folder.")],
-    pet: Annotated[
-        Path | None,
-        typer.Argument(help="In SUV (NIfTI), or a DICOM series with its dose."),
-    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Draws of the mask.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Of each draw, 10 or more.")] = 20,
     model: Annotated[
@@ -673,7 +674,8 @@ def segment(
         Precision, typer.Option(help="Of the network: bf16 is faster where it is fast.")
     ] = "float32",
     dicom_seg: Annotated[
-        bool, typer.Option("--dicom-seg", help="Write mask.dcm, too, of a DICOM CT.")
+        bool,
+        typer.Option("--dicom-seg", help="Write mask.dcm, too, of a DICOM series."),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Write into a folder that is not empty.")
@@ -681,15 +683,16 @@ def segment(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Draw masks of what the model knows, given CT and PET.
+    """Draw masks of what the model knows, given CT and PET, or MR.
 
-    CT and PET may lie on different grids: what counts is where they are in millimetres.
-    Writes mask.nii.gz, probability.nii.gz and std.nii.gz on the CT's grid, volumes.json,
-    and a page, index.html, with its pictures. Research software, not a medical device.
+    Scans may lie on different grids: what counts is where they are in millimetres.
+    Writes mask.nii.gz, probability.nii.gz and std.nii.gz on the first scan's grid,
+    volumes.json, and a page, index.html, with its pictures. Research software, not a
+    medical device.
     """
     from invsolve.segmentation import report as reports, segmenter as segmenters
 
-    folders = [path for path in (ct, pet) if path is not None and path.is_dir()]
+    folders = [path for path in scans if path.is_dir()]
     _need(
         *("nibabel", "matplotlib", "jinja2"),
         *(["pydicom"] if folders else []),
@@ -698,21 +701,26 @@ def segment(
     where = _device(device)
     if not 0 < threshold <= 1:
         raise ValueError(f"--threshold is a probability, > 0 and ≤ 1, got {threshold}")
-    if dicom_seg and not ct.is_dir():
+    first = scans[0]
+    if dicom_seg and not first.is_dir():
         raise ValueError(
-            f"--dicom-seg writes on the slices of a DICOM series, and {ct} is no folder of "
-            "one: leave it out"
+            f"--dicom-seg writes on the slices of a DICOM series, and {first} is no folder "
+            "of one: leave it out"
         )
     _check_folder(out, force=force)
     loaded = segmenters.load(model)
-    scan = _read_ct(ct)
-    uptake = None if pet is None or "pet" not in loaded.modalities else _read_pet(pet)
+    segmenters.check_scans(len(scans), loaded)
+    kinds = list(loaded.scans)
+    read = {
+        kind: _read_scan(path, how.unit)
+        for path, (kind, how) in zip(scans, loaded.scans.items(), strict=True)
+    }
+    scan, uptake = read[kinds[0]], read.get("pet")
     true = None if truth is None else _read_masks(truth, scan, len(loaded.labels))
     with _bar("segment", 1, where) as progress:
         drawn = segmenters.segment(
-            scan,
-            uptake,
-            loaded,
+            *read.values(),
+            model=loaded,
             samples=samples,
             steps=steps,
             generator=Generator().manual_seed(seed),
@@ -722,7 +730,9 @@ def segment(
         )
     inputs = {
         what: {"name": path.name, "sha256": _sha256(path)}
-        for what, path in (("CT", ct), ("PET", pet), ("truth", truth))
+        for what, path in zip(
+            [*(kind.upper() for kind in kinds), "truth"], [*scans, truth], strict=True
+        )
         if path is not None
     }
     report = reports.SegmentationReport(
@@ -751,7 +761,7 @@ def segment(
         if dicom_seg:
             name = str(loaded.card.get("name", "invsolve"))
             io.write_dicom_seg(
-                folder / "mask.dcm", report.mask, drawn.labels, ct, model=name
+                folder / "mask.dcm", report.mask, drawn.labels, first, model=name
             )
         reports.save_report(folder, report)
         record = {
@@ -792,7 +802,7 @@ def train(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Train a prior on a folder of images, or a segmenter on scans and their masks.
+    """Train a prior on images, a segmenter on scans and masks, or dfm on exams alone.
 
     Paths in the configuration are relative to $INVSOLVE_DATA, or to the configuration's
     own folder where that is not set. A second run goes on where the first left off.
@@ -800,7 +810,7 @@ def train(
     """
     from tqdm import tqdm
 
-    from invsolve import training
+    from invsolve import training, training_dfm
     from invsolve.segmentation import training as segmenters
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
@@ -818,13 +828,24 @@ def train(
         ),
         "stop": lambda: time.monotonic() > end,
     }
-    if training.ConfigFile.kind_of(config) == "segmenter":
+    kind = training.ConfigFile.kind_of(config)
+    if kind == "segmenter":
         masks = segmenters.SegmenterConfig.read(config)
         cases = _at(home, masks.cases)
         _, card = segmenters.train_segmenter(
             masks.model_copy(update={"cases": cases}), out, **how
         )
         use = f"invsolve segment --model {card}"
+    elif kind == "dfm":
+        exams = training_dfm.DFMConfig.read(config)
+        data = _at(home, exams.data)
+        card = training_dfm.train_dfm(
+            exams.model_copy(update={"data": data}),
+            out,
+            warn=lambda line: typer.echo(f"warning: {line}", err=True),
+            **how,
+        )
+        use = f"--sampler dfm --prior {card}"
     else:
         settings = training.TrainConfig.read(config)
         data = _at(home, settings.data)
@@ -1404,36 +1425,35 @@ def _read_truth(path: Path, m: io.Measurements) -> Tensor:
     return values
 
 
-def _read_ct(path: Path) -> io.Image:
+def _read_scan(path: Path, unit: io.Unit) -> io.Image:
+    """In its unit; that a file's values can be SUV is seen to where they are used."""
     image = io.read(path, placed=True)
-    if image.unit != "HU":
+    if unit == "HU" and image.unit != "HU":
         low, high = float(image.values.min()), float(image.values.max())
         raise ValueError(
             f"{path} goes from {low:.4g} to {high:.4g} {image.unit}".rstrip()
             + ", which is no CT in HU: give the CT first and the PET second"
         )
-    return image
-
-
-def _read_pet(path: Path) -> io.Image:
-    """In SUV; that values of a NIfTI file can be SUV is seen to where they are used."""
-    image = io.read(path, placed=True)
-    if image.unit == "HU" or (path.is_dir() and image.unit != "SUV"):
+    if unit == "SUV" and (
+        image.unit == "HU" or (path.is_dir() and image.unit != "SUV")
+    ):
         raise ValueError(
             f"{path} is no PET in SUV: give the CT first and the PET second"
         )
-    return dataclasses.replace(image, unit="SUV")
+    if not unit and image.unit:
+        raise ValueError(f"{path} is in {image.unit}, and the model was made for MR")
+    return dataclasses.replace(image, unit=unit)
 
 
-def _read_masks(path: Path, ct: io.Image, labels: int) -> Tensor:
-    """The true masks on the CT's grid: (labels, z, y, x); of a single label, all > 0."""
+def _read_masks(path: Path, scan: io.Image, labels: int) -> Tensor:
+    """The true masks on a scan's grid: (labels, z, y, x); of a single label, all > 0."""
     from invsolve.grids import Grid, resampled
 
     image = io.read(path, "", placed=True)
-    values = resampled(image, Grid.of(ct), nearest=True).values.round()
+    values = resampled(image, Grid.of(scan), nearest=True).values.round()
     if image.values.any() and not values.any():
         raise ValueError(
-            f"the truth {path} lies outside of the CT: give the mask of this patient"
+            f"the truth {path} lies outside of the scan: give the mask of this patient"
         )
     if labels == 1:
         return values[None] > 0

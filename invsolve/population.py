@@ -7,7 +7,7 @@ idea is theirs, the statistics of T1 are from their table.
 """
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,6 +22,18 @@ Labels = Int[Tensor, "Z Y X"]
 
 FLUID = 1
 """The tissue class of cerebrospinal fluid in the table."""
+
+BRAIN_TISSUES: Mapping[str, tuple[int, ...]] = {
+    "white matter": (2, 41, 7, 46),
+    "cortex": (3, 42, 8, 47),
+    "deep grey matter": (10, 49, 11, 50, 12, 51, 13, 52, 26, 58, 17, 53, 18, 54),
+    "brain stem": (16, 28, 60),
+    "ventricles": (4, 43, 5, 44, 14, 15, 72),
+    "outer CSF": (24,),
+}
+"""FreeSurfer's labels of what segmenters tell apart: of cerebrum and cerebellum alike;
+hippocampus and amygdala are with the deep grey matter. Lesions, vessels and the choroid
+plexus are of none."""
 
 
 def brain_mr(
@@ -50,6 +62,20 @@ def brain_mr(
     Raises:
         ValueError: a label has no entry in ``tissues``, or the contrast is unknown.
     """
+    return labelled_brain_mr(labels, tissues, generator, contrast=contrast, pool=pool)[
+        0
+    ]
+
+
+def labelled_brain_mr(
+    labels: Labels,
+    tissues: Mapping[int, tuple[int, float, float]],
+    generator: Generator,
+    *,
+    contrast: Contrast = "random",
+    pool: int = 2,
+) -> tuple[Volume, Labels]:
+    """`brain_mr`, and the labels as they were turned, ``pool``³ to a voxel."""
     if contrast not in get_args(Contrast):
         raise ValueError(f"unknown contrast {contrast!r}: t1, t2 or random")
     found = set(labels.unique().tolist())
@@ -63,7 +89,28 @@ def brain_mr(
     fine = mean[turned] + spread[turned] * texture / 2**0.5
     coarse = F.avg_pool3d(fine.clamp_min(0)[None], pool)[0]
     image = coarse * (0.2 * _field(coarse.shape, 4, generator)).exp()
-    return image / image[::2, ::2, ::2].quantile(0.995)
+    return image / image[::2, ::2, ::2].quantile(0.995), turned
+
+
+def tissue_codes(
+    labels: Labels, tissues: Mapping[str, Sequence[int]], pool: int = 2
+) -> Int[Tensor, "z y x"]:
+    """1, 2 … in each ``pool``³ voxels of which most are of one of the tissues, or 0.
+
+    Args:
+        labels: label of each voxel.
+        tissues: the labels that each tissue has; all others are of none.
+        pool: as of `brain_mr`.
+    """
+    codes = torch.zeros(int(labels.max()) + 1, dtype=torch.long)
+    for code, members in enumerate(tissues.values(), 1):
+        codes[[label for label in members if label < len(codes)]] = code
+    fine = codes[labels]
+    votes = [
+        F.avg_pool3d((fine == code).float()[None], pool)[0]
+        for code in range(len(tissues) + 1)
+    ]
+    return torch.stack(votes).argmax(0)
 
 
 def read_tissues(table: Path) -> dict[int, tuple[int, float, float]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
@@ -200,12 +201,7 @@ def begun(net: UNet, config: TrainConfig) -> UNet:
 
 def noised(x0: Tensor, opt: Optimisation, generator: Generator) -> Batch:
     """c_in x_σ, c_noise and F's target, at log-normal levels stratified over the batch."""
-    n = len(x0)
-    quantile = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    log_sigma = Normal(opt.log_sigma_mean, opt.log_sigma_std).icdf(
-        quantile.clamp(1e-4, 1 - 1e-4)
-    )
-    sigma = per_item(log_sigma.exp(), x0)
+    sigma = per_item(log_normal(len(x0), opt, generator), x0)
     x = x0 + sigma * randn_like(x0, generator)
     skip, scale, into, level = preconditioning(opt.predicts, sigma, opt.sigma_data)
     return {
@@ -213,6 +209,13 @@ def noised(x0: Tensor, opt: Optimisation, generator: Generator) -> Batch:
         "c_noise": level.flatten(),
         "target": (x0 - skip * x) / scale,
     }
+
+
+def log_normal(n: int, opt: Optimisation, generator: Generator) -> Float[Tensor, " n"]:
+    """Noise levels of which every n-th part of the log-normal law has one."""
+    quantile = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    law = Normal(opt.log_sigma_mean, opt.log_sigma_std)
+    return law.icdf(quantile.clamp(1e-4, 1 - 1e-4)).exp()
 
 
 def matching(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import hub
 from .base import Affine, AffineMap, Prior
-from .families import FAMILIES, Family, hugging_face, monai, own
+from .families import REGISTERED, Family, hugging_face, monai, own
 from .families.configs import joined, read_json
 from .info import tell
 from .reading import read_checkpoint
@@ -210,7 +210,7 @@ def _read_card_file(path: Path) -> dict[str, Any]:
 def _family(state: Mapping[str, Tensor], card: Mapping[str, Any]) -> Family:
     from . import latent  # which imports the families
 
-    families = (*FAMILIES, latent.FAMILY)
+    families = (*REGISTERED, latent.FAMILY)
     known = [family.name for family in families]
     if "family" in card and card["family"] not in known:
         raise ValueError(

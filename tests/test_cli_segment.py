@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,10 +39,23 @@ def make_model(
     folder: Path,
     labels: tuple[str, ...] = ("tumour",),
     widths: tuple[int, ...] = (8, 16),
+    **said: Any,
 ) -> Path:
     """A network of slices that knows next to nothing: half of all voxels are drawn."""
+    given = {
+        "labels": list(labels),
+        "modalities": ["ct", "pet"],
+        "sigma_min": 0.4,
+        "sigma_max": 40.0,
+        "data": "nothing, simulated PET",
+        **said,
+    }
     network = UNetConfig(
-        channels=len(labels), widths=widths, groups=4, patch=2, condition=2
+        channels=len(labels),
+        widths=widths,
+        groups=4,
+        patch=2,
+        condition=len(given["modalities"]),
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -50,13 +64,6 @@ def make_model(
         for weights in inner:
             torch.nn.init.normal_(weights, std=0.03)
         torch.nn.init.constant_(last, -RARE)
-    given = {
-        "labels": list(labels),
-        "modalities": ["ct", "pet"],
-        "sigma_min": 0.4,
-        "sigma_max": 40.0,
-        "data": "nothing, simulated PET",
-    }
     return save(net, network, folder, "tiny", **given)
 
 
@@ -183,6 +190,29 @@ def test_several_labels_have_maps_of_their_own(scans: Path, tmp_path: Path) -> N
     assert {p.name for p in out.iterdir()} == FILES
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_one_mr_and_its_tissues(scans: Path, tmp_path: Path) -> None:
+    """Labels that exclude one another do so in every map that is written."""
+    mr = {"modalities": ["mr"], "spacing_mm": 4.0, "exclusive": True}
+    model = make_model(tmp_path / "model", ("white", "grey"), **mr)
+    head = io.Image((body() + 1000.0) / 7, AFFINE)
+    io.write(tmp_path / "mr.nii.gz", head)
+    given = ("segment", tmp_path / "mr.nii.gz", "-o", tmp_path / "out")
+    more = ("--model", model, "--steps", 10, "--samples", 2)
+    assert main([str(w) for w in (*given, *more)]) == 0
+    maps = [
+        io.read(tmp_path / "out" / f"probability-{n}.nii.gz").values
+        for n in ("white", "grey")
+    ]
+    assert (
+        float(torch.stack(maps).sum(0).max()) <= 1 + 1e-5
+        and min(m.max() for m in maps) > 0
+    )
+    record = json.loads((tmp_path / "out" / "volumes.json").read_text())
+    assert list(record["input"]) == ["MR"] and record["labels"][0]["suv_max"] is None
+    assert "the MR&#39;s voxels" in (tmp_path / "out" / "index.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same scans as DICOM series, the PET in Bq/ml."""
@@ -251,7 +281,7 @@ def test_scans_that_do_not_meet(scans: Path, refused, tmp_path: Path) -> None:
     assert "do not overlap" in refused(scans / "ct.nii.gz", away)
     truth = changed(scans / "truth.nii.gz", tmp_path / "t.nii.gz", shift=500.0)
     given = (scans / "ct.nii.gz", scans / "pet.nii.gz")
-    assert "lies outside of the CT" in refused(*given, "--truth", truth)
+    assert "lies outside of the scan" in refused(*given, "--truth", truth)
 
 
 @pytest.mark.parametrize("which", ["ct", "pet"])
@@ -287,7 +317,10 @@ def test_scans_in_the_wrong_order(scans: Path, refused) -> None:
     ct, pet = scans / "ct.nii.gz", scans / "pet.nii.gz"
     assert "give the CT first" in refused(pet, ct)
     assert "give the CT first" in refused(ct, ct)
-    assert "needs a PET" in refused(ct, None)
+    assert "the model was made for MR" in refused(
+        ct, None, "--model", make_model(ct.parent / "mr", modalities=["mr"])
+    )
+    assert "needs 2 scans, CT and PET in this order, got 1" in refused(ct, None)
 
 
 def test_a_volume_smaller_than_the_network_s_patch(

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from invsolve.population import brain_mr, read_tissues
+from invsolve.population import (
+    BRAIN_TISSUES,
+    brain_mr,
+    labelled_brain_mr,
+    read_tissues,
+    tissue_codes,
+)
 
 # Label, class, mean and spread in T1: air, fluid, two sides of one tissue, another.
 TISSUES = {
@@ -65,6 +71,31 @@ def test_labels_without_a_tissue_are_refused() -> None:
     labels[0, 0, 0] = 99
     with pytest.raises(ValueError, match=r"no tissue for the labels \[99\]"):
         brain_mr(labels, TISSUES, Generator())
+
+
+def test_the_labels_come_with_the_image_that_shows_them() -> None:
+    g = Generator().manual_seed(3)
+    image, turned = labelled_brain_mr(blocks(), TISSUES, g, contrast="t1")
+    assert torch.equal(image, draw(3, contrast="t1"))
+    codes = tissue_codes(turned, {"fluid": (4,), "tissue": (2, 41)})
+    assert codes.shape == image.shape
+    assert int(image[codes == 0].count_nonzero()) < 0.5 * int((codes == 0).sum())
+    assert float(image[codes == 1].mean()) < 0.6 * float(image[codes == 2].mean())
+
+
+def test_a_coarse_voxel_is_of_what_most_of_it_is() -> None:
+    labels = torch.zeros(2, 2, 6, dtype=torch.long)
+    labels[..., 0] = 2  # four of eight voxels, three are fluid
+    labels[..., 1] = torch.tensor([[4, 4], [4, 0]])
+    labels[..., 2:4] = 41
+    labels[0, 0, 4] = 3
+    codes = tissue_codes(labels, {"fluid": (4,), "tissue": (2, 41)})
+    assert codes.flatten().tolist() == [2, 2, 0]
+
+
+def test_a_label_is_of_one_tissue_at_most() -> None:
+    members = [label for labels in BRAIN_TISSUES.values() for label in labels]
+    assert len(members) == len(set(members))
 
 
 def test_the_table_is_read(tmp_path: Path) -> None:

@@ -37,8 +37,10 @@ def test_the_layout_of_2022(of_2022: Path) -> None:
     assert hecktor_cases(of_2022) == [
         CaseFiles(
             name,
-            images / f"{name}__CT.nii.gz",
-            images / f"{name}__PT.nii.gz",
+            {
+                "ct": images / f"{name}__CT.nii.gz",
+                "pet": images / f"{name}__PT.nii.gz",
+            },
             of_2022 / "labelsTr" / f"{name}.nii.gz",
         )
         for name in NAMES
@@ -47,9 +49,26 @@ def test_the_layout_of_2022(of_2022: Path) -> None:
 
 def test_the_layout_of_2020(of_2020: Path) -> None:
     assert hecktor_cases(of_2020) == [
-        CaseFiles(name, *(of_2020 / f"{name}_{k}.nii.gz" for k in ("ct", "pt", "gtvt")))
+        CaseFiles(
+            name,
+            {
+                "ct": of_2020 / f"{name}_ct.nii.gz",
+                "pet": of_2020 / f"{name}_pt.nii.gz",
+            },
+            of_2020 / f"{name}_gtvt.nii.gz",
+        )
         for name in NAMES
     ]
+
+
+def test_other_scans_in_the_same_layout(tmp_path: Path) -> None:
+    image = tmp_path / "imagesTr" / "head_01__MR.nii.gz"
+    label = tmp_path / "labelsTr" / "head_01.nii.gz"
+    touch(image, label)
+    found = hecktor_cases(tmp_path, scans=["mr"])
+    assert found == [CaseFiles("head_01", {"mr": image}, label)]
+    with pytest.raises(ValueError, match=r"no images\w+/CASE__CT"):
+        hecktor_cases(tmp_path)
 
 
 def test_test_images_have_no_labels(of_2022: Path, tmp_path: Path) -> None:

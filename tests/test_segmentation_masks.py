@@ -190,6 +190,68 @@ def test_bell_is_symmetric_and_positive():
     assert w.min() > 0 and w.argmax() in (2 * 8 + 3, 2 * 8 + 4, 3 * 8 + 3, 3 * 8 + 4)
 
 
+# --- labels of which a voxel has one at most
+
+
+def test_exclusive_labels_are_bayes_rule_for_independent_voxels(generator):
+    """Of none and of each label: the likelihood of all of the voxel's noisy values."""
+    p = torch.rand(1, 4, 3, 5, generator=generator)
+    p = p / p.sum(1, keepdim=True)  # none, and three labels
+    F = (p[:, 1:] / p[:, :1]).log()
+    net = Unaware(lambda images: F - RARE)
+    images = torch.zeros(1, 3, 5)
+    prior = MaskPrior(net, images, sigma_min=0.1, sigma_max=10.0, exclusive=True)
+    corners = 2 * torch.cat([torch.zeros(1, 3), torch.eye(3)]) - 1
+    for sigma in (0.5, 1.0, 7.0):
+        x = torch.randn(1, 3, 3, 5, generator=generator)
+        gap = (x - corners[:, :, None, None]).square().sum(1)  # (1 + labels, *space)
+        posterior = (p[0].log() - gap / (2 * sigma**2)).softmax(0)
+        expected = 2 * posterior[1:] - 1
+        found = prior.denoise(x, torch.tensor(sigma))[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_exclusive_label_is_one_label(generator):
+    images = torch.randn(1, 6, 6, generator=generator)
+    x = torch.randn(1, 1, 6, 6, generator=generator)
+    one, other = (
+        MaskPrior(
+            Unaware(lambda seen: 3 * seen),
+            images,
+            sigma_min=0.1,
+            sigma_max=10.0,
+            exclusive=exclusive,
+        ).denoise(x, torch.tensor(2.0))
+        for exclusive in (False, True)
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_draws_of_exclusive_labels_do_not_overlap():
+    # Three labels of a third each: drawn one by one, two would meet in 26 % of voxels.
+    net = Unaware(lambda images: (20.0 - RARE) + 0 * images.expand(-1, 3, -1, -1, -1))
+    card = {
+        "labels": ["a", "b", "c"],
+        "modalities": ["pet"],
+        "exclusive": True,
+        "sigma_min": 0.3,
+        "sigma_max": 20.0,
+    }
+    drawn = segment_case(
+        toy_case(),
+        Segmenter(net, card, 4),
+        samples=2,
+        generator=Generator().manual_seed(0),
+    )
+    assert int(drawn.samples.sum(1).max()) == 1
+    torch.testing.assert_close(
+        drawn.samples.float().mean((0, 2, 3, 4)),
+        torch.full((3,), 1 / 3),
+        rtol=0,
+        atol=0.05,
+    )
+
+
 # --- segment
 
 
@@ -207,7 +269,7 @@ def toy_case() -> Case:
     pet = torch.zeros(10, 9, 8)
     pet[3:7, 2:6, 2:6] = 30.0
     grid = Grid((10, 9, 8), np.diag([-4.0, -4.0, 4.0, 1.0]))
-    return Case("toy", torch.zeros(10, 9, 8), pet, None, grid)
+    return Case("toy", {"ct": torch.zeros(10, 9, 8), "pet": pet}, None, grid)
 
 
 def test_segment_draws_what_the_network_says():
@@ -218,7 +280,7 @@ def test_segment_draws_what_the_network_says():
     outside = 1 / (1 + torch.exp(torch.tensor(3.0)))
     assert result.expected[0, 4, 4, 4] == pytest.approx(float(inside), abs=5e-3)
     # 576 of 720 voxels are outside, each 40 times: their mean is known to 0.002.
-    hot = toy_case().pet > 1
+    hot = toy_case().scans["pet"] > 1
     assert float(result.prob[0][~hot].mean()) == pytest.approx(float(outside), abs=0.01)
     assert result.volumes_ml.shape == (40, 1)
     assert result.grid.voxel_ml == pytest.approx(0.064)

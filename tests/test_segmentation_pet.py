@@ -9,10 +9,10 @@ from torch import Generator
 
 from invsolve import io
 from invsolve.segmentation.cases import (
+    MODALITIES,
     body_grid,
-    ct_input,
+    modalities_of,
     openkbp_case,
-    pet_input,
 )
 from invsolve.segmentation.pet import (
     blurred,
@@ -138,9 +138,10 @@ def test_a_blur_keeps_the_amount_and_has_its_width():
 
 def test_what_networks_see():
     hu = torch.tensor([-1000.0, -200.0, 25.0, 250.0, 3000.0])
-    torch.testing.assert_close(ct_input(hu), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
+    ct, pet = MODALITIES["ct"], MODALITIES["pet"]
+    torch.testing.assert_close(ct.seen(hu), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
     suv = torch.tensor([-0.1, 0.0, float(np.e) - 1])
-    torch.testing.assert_close(pet_input(suv), torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(pet.seen(suv), torch.tensor([0.0, 0.0, 1.0]))
 
 
 def test_the_body_is_found_without_its_couch_and_its_airway():
@@ -169,8 +170,9 @@ def test_a_patient_of_openkbp(tmp_path, neck):
         io.write(folder / f"pt001_{name}.nii.gz", io.Image(array, affine))
     case = openkbp_case(folder / "pt001_ct.nii.gz", Generator().manual_seed(0))
     assert case.name == "pt001" and case.masks is not None
-    assert case.ct.shape == case.pet.shape == case.masks[0].shape
+    ct, pet = case.scans["ct"], case.scans["pet"]
+    assert ct.shape == pet.shape == case.masks[0].shape
     # The tumour is hot, and where it is the CT is tissue.
-    assert float(case.pet[case.masks[0]].mean()) > 2 * float(case.pet.mean())
-    assert float(case.ct[case.masks[0]].mean()) == pytest.approx(0.0, abs=30)
-    assert case.images.shape == (2, *case.ct.shape)
+    assert float(pet[case.masks[0]].mean()) > 2 * float(pet.mean())
+    assert float(ct[case.masks[0]].mean()) == pytest.approx(0.0, abs=30)
+    assert case.shown(modalities_of(["ct", "pet"])).shape == (2, *ct.shape)

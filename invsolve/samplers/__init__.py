@@ -8,6 +8,7 @@ from .ddnm import ddnm as ddnm
 from .ddrm import ddrm as ddrm
 from .dds import dds as dds
 from .dds3d import dds3d as dds3d
+from .dfm import dfm as dfm
 from .diffpir import diffpir as diffpir
 from .dps import dps as dps
 from .ldps import ldps as ldps

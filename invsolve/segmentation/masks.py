@@ -37,6 +37,10 @@ class MaskPrior(Prior):
     where they overlap, so that they agree more often than they would if each were drawn
     alone; nothing forces those far apart to.
 
+    Labels of which a voxel has at most one are *exclusive*: then F_k is the logit of k
+    against none of them, by Bayes' rule 2m_σ,k/σ² is still what the voxel's own value
+    adds to it, and D_k = 2 softmax(0, 2m_σ/σ² + F)_k − 1. Of one label both are the same.
+
     Args:
         net: F + 4 at (c_in m_σ, ¼ ln σ, condition=images), c_in = 1/√(1 + σ²).
         images: what is known, (channels, *space).
@@ -45,6 +49,7 @@ class MaskPrior(Prior):
             padded.
         window: the longest side that the network sees at once; all of it unless given.
         outside: the values of the images beyond their borders, one a channel.
+        exclusive: whether the labels are.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class MaskPrior(Prior):
         multiple_of: int = 1,
         window: int | None = None,
         outside: Sequence[float] = (),
+        exclusive: bool = False,
     ) -> None:
         if window is not None and window % multiple_of:
             raise ValueError(
@@ -66,6 +72,7 @@ class MaskPrior(Prior):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.multiple_of, self.window = multiple_of, window
         self.outside = tuple(outside) or (0.0,) * len(images)
+        self.exclusive = exclusive
 
     def denoise(self, x: X, sigma: Sigma) -> X:
         sigma = per_item(sigma, x)
@@ -84,7 +91,7 @@ class MaskPrior(Prior):
         return total / weight
 
     def logits(self, x: X, sigma: Sigma) -> X:
-        """The logit of m = 1 in a volume of one window: 2m_σ/σ² + F."""
+        """The logits in a volume of one window: 2m_σ/σ² + F."""
         return shown_logits(self.net, x, per_item(sigma, x), self.images[None])
 
     def _through(self, x: Tensor, sigma: Tensor, box: Box) -> Tensor:
@@ -101,7 +108,8 @@ class MaskPrior(Prior):
         noisy = grown(inner, sides, -1.0)
         logits = shown_logits(self.net, noisy, sigma, images[None])
         kept = tuple(slice(0, n) for n in inner.shape[2:])
-        return torch.tanh(logits[:, :, *kept] / 2)
+        logits = logits[:, :, *kept]
+        return 2 * shares(logits) - 1 if self.exclusive else torch.tanh(logits / 2)
 
     def check(self, shape: tuple[int, ...]) -> None:
         if shape[1:] != self.images.shape[1:]:
@@ -117,6 +125,16 @@ def shown_logits(net: Network, x: Tensor, sigma: Tensor, images: Tensor) -> Tens
     images = images.expand(len(x), *images.shape[1:])
     F = net(x / (1 + sigma**2).sqrt(), c_noise, condition=images)
     return 2 * x / sigma**2 + F.float() + RARE
+
+
+def shares(logits: Tensor) -> Tensor:
+    """P of each of the labels that exclude one another; none of them has the logit 0."""
+    return with_none(logits).softmax(1)[:, 1:]
+
+
+def with_none(logits: Tensor) -> Tensor:
+    """(batch, 1 + labels, *space): the logit of no label before the others."""
+    return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
 
 
 def windows(

@@ -34,7 +34,7 @@ NOTICE = (
     "care."
 )
 SIMULATED = (
-    "The model was trained on simulated PET: what it finds in a real one was not "
+    "The model was trained on simulated scans: what it finds in real ones was not "
     "measured."
 )
 KIND = (
@@ -43,7 +43,7 @@ KIND = (
     "the draws says where the contour is open; both are as good as the model is."
 )
 
-COLOURS = ("#ff4d2e", "#1f8fff", "#c33bd6", "#f2a900")
+COLOURS = ("#ff4d2e", "#1f8fff", "#c33bd6", "#f2a900", "#00c2d1", "#ff8fb0")
 """Of the labels' contours, in turn."""
 TRUTH = "#19b35a"
 SCORES = ("Dice", "Jaccard", "precision", "recall", "HD95", "ASSD", "volume error")
@@ -72,25 +72,41 @@ class Findings(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class SegmentationReport:
-    """All that the figures and the page tell; maps are on the CT's grid.
+    """All that the figures and the page tell; maps are on the first scan's grid.
 
     Args:
         segmentation: the draws, on the model's grid.
-        ct: in HU.
+        scan: the first that the model saw: a CT in HU, or an MR.
         pet: in SUV, on its own grid; None if the model saw none.
         threshold: a voxel of so much probability is of the mask.
-        truth: the true masks, on the CT's grid, if they are known.
-        title: of the page.
+        truth: the true masks, on the scan's grid, if they are known.
         facts: tables of the page: heading → (what → value).
     """
 
     segmentation: Segmentation
-    ct: Image
+    scan: Image
     pet: Image | None = None
     threshold: float = 0.5
     truth: Masks | None = None
-    title: str = "Segmentation of PET/CT"
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of the scan's kind."""
+        return "CT" if self.scan.unit == "HU" else "MR"
+
+    @property
+    def title(self) -> str:
+        """Of the page."""
+        return f"Segmentation of {self.name if self.pet is None else 'PET/CT'}"
+
+    @cached_property
+    def window(self) -> tuple[float, float]:
+        """The scan's values that are drawn black and white."""
+        if self.scan.unit == "HU":
+            return SOFT_TISSUE
+        low, high = np.percentile(self.scan.values.numpy(), (0.5, 99.5))
+        return float(low), float(max(high, low + 1e-6))
 
     @cached_property
     def prob(self) -> Maps:
@@ -109,14 +125,14 @@ class SegmentationReport:
 
     @cached_property
     def pet_here(self) -> Float[Tensor, "z y x"] | None:
-        """The PET at the CT's voxels, linearly interpolated."""
+        """The PET at the scan's voxels, linearly interpolated."""
         if self.pet is None:
             return None
-        return resampled(self.pet, Grid.of(self.ct)).values
+        return resampled(self.pet, Grid.of(self.scan)).values
 
     @cached_property
     def centre(self) -> tuple[int, int, int]:
-        """(z, y, x): the largest slices, along each axis, of the largest tumour.
+        """(z, y, x): the largest slices, along each axis, of the largest region.
 
         Where no voxel reaches the threshold, of the probability; where that is nought,
         the middle.
@@ -142,7 +158,7 @@ class SegmentationReport:
     def findings(self) -> list[Findings]:
         """The numbers, label by label."""
         volumes = self.segmentation.volumes_ml
-        voxel = Grid.of(self.ct).voxel_ml
+        voxel = Grid.of(self.scan).voxel_ml
         rows = []
         for k, label in enumerate(self.segmentation.labels):
             draws = volumes[:, k]
@@ -175,7 +191,7 @@ class SegmentationReport:
         return f"range of the draws ({(n - 1) / (n + 1):.0%} interval)"
 
     def _here(self, maps: Tensor) -> Tensor:
-        grid, affine = Grid.of(self.ct), self.segmentation.grid.affine
+        grid, affine = Grid.of(self.scan), self.segmentation.grid.affine
         return torch.stack([resampled(Image(m, affine), grid).values for m in maps])
 
     def _uptake(self, k: int) -> tuple[float | None, float | None, float | None]:
@@ -183,7 +199,7 @@ class SegmentationReport:
         if self.pet is None:
             return None, None, None
         grid = Grid.of(self.pet)
-        one = Image(self.mask[k].float(), self.ct.affine)
+        one = Image(self.mask[k].float(), self.scan.affine)
         suv = self.pet.values[resampled(one, grid, nearest=True).values > 0]
         if not len(suv):
             return None, None, None
@@ -191,7 +207,7 @@ class SegmentationReport:
 
     def _scores(self, k: int, truth: Masks) -> dict[str, float]:
         pair = self.mask[k : k + 1], truth[k : k + 1]
-        spacing = self.ct.spacing
+        spacing = self.scan.spacing
         values = (
             metrics.dice(*pair),
             metrics.jaccard(*pair),
@@ -274,8 +290,8 @@ def _facts(report: SegmentationReport) -> dict[str, str]:
         "network passes": str(s.passes),
         "seconds": f"{s.seconds:.1f}",
         "drawn on": f"voxels of {x:.3g} × {y:.3g} × {z:.3g} mm",
-        "shown on": "the CT's voxels, {:.3g} × {:.3g} × {:.3g} mm".format(
-            *report.ct.spacing[::-1]
+        "shown on": "the {}'s voxels, {:.3g} × {:.3g} × {:.3g} mm".format(
+            report.name, *report.scan.spacing[::-1]
         ),
         "threshold": f"{report.threshold:g}",
     }
@@ -303,20 +319,20 @@ def figures(report: SegmentationReport) -> dict[str, bytes]:
 Range = tuple[float, float]
 
 MARGIN_MM, LEAST_MM, MOST_MM = 25.0, 110.0, 220.0
-"""Around a tumour that is shown from near, and the sides that its picture may have."""
+"""Around a region that is shown from near, and the sides that its picture may have."""
 PLANES = (("axial", 0), ("coronal", 1), ("sagittal", 2))
 SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 """What lies left, right, above and below in each plane."""
 
 
 def _around(report: SegmentationReport) -> list[Range]:
-    """A cube around the tumour that is shown, in mm along the CT's (z, y, x)."""
-    spacing, mask = report.ct.spacing, report.mask.any(0)
+    """A cube around the region that is shown, in mm along the scan's (z, y, x)."""
+    spacing, mask = report.scan.spacing, report.mask.any(0)
     if report.truth is not None:
         mask = mask | report.truth.any(0)
     half = LEAST_MM / 2
     for axis, (mm, at) in enumerate(zip(spacing, report.centre, strict=True)):
-        # Of the tumour's own slices, so that another far away does not count.
+        # Of the region's own slices, so that another far away does not count.
         others = [slice(None) if a == axis else c for a, c in enumerate(report.centre)]
         line = mask[tuple(others)].nonzero()
         for k in line.flatten().tolist():
@@ -329,15 +345,15 @@ def _around(report: SegmentationReport) -> list[Range]:
 
 
 def _body(report: SegmentationReport) -> list[Range]:
-    """What the model saw of the CT, in mm along the CT's (z, y, x)."""
+    """What the model saw of the scan, in mm along the scan's (z, y, x)."""
     grid = report.segmentation.grid
     first, last = np.zeros(3), np.array(grid.shape[::-1]) - 1.0
     corners = np.array([grid.affine @ (*corner, 1) for corner in (first, last)])
-    index = corners @ np.linalg.inv(report.ct.affine).T
+    index = corners @ np.linalg.inv(report.scan.affine).T
     sides = np.sort(index[:, :3], axis=0)[:, ::-1]
     limits = []
     for (low, high), n, mm in zip(
-        sides.T, report.ct.values.shape, report.ct.spacing, strict=True
+        sides.T, report.scan.values.shape, report.scan.spacing, strict=True
     ):
         limits.append((max(low, -0.5) * mm, min(high, n - 0.5) * mm))
     return limits
@@ -354,20 +370,24 @@ class _Panel(NamedTuple):
 
 
 def _planes(report: SegmentationReport, view: Sequence[Range]) -> bytes:
-    """Axial, coronal and sagittal planes through the tumour, true to scale."""
+    """Axial, coronal and sagittal planes through the region, true to scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ct = (report.ct.values, "gray", SOFT_TISSUE)
-    panels = [_Panel("CT", "contour of the mask", ct, None, "HU")]
+    scan, name = (report.scan.values, "gray", report.window), report.name
+    panels = [_Panel(name, "contour of the mask", scan, None, report.scan.unit)]
     if report.pet_here is not None:
         top = max([5.0, *(row.suv_max or 0.0 for row in report.findings)])
         pet = (report.pet_here, "gray_r", (0.0, min(20.0, float(math.ceil(top)))))
         panels.append(_Panel("PET", "contours of the draws", pet, None, "SUV"))
     prob, std = report.prob.amax(0), report.std.amax(0)
     panels += [
-        _Panel("Probability", "over the CT", ct, (prob, "inferno", (0.0, 1.0)), ""),
-        _Panel("Std. deviation", "of the draws", ct, (std, "viridis", (0.0, 0.5)), ""),
+        _Panel(
+            "Probability", f"over the {name}", scan, (prob, "inferno", (0.0, 1.0)), ""
+        ),
+        _Panel(
+            "Std. deviation", "of the draws", scan, (std, "viridis", (0.0, 0.5)), ""
+        ),
     ]
     wide, gap, left, top, bar = 2.5, 0.08, 0.36, 0.62, 0.6
     spans = [high - low for low, high in view]
@@ -444,11 +464,11 @@ def _plane(
     """One picture with its contours; what its scale is to be of."""
     from matplotlib.patheffects import withStroke
 
-    at, spacing = report.centre[axis], report.ct.spacing
+    at, spacing = report.centre[axis], report.scan.spacing
     (u, du), (v, dv) = ((a, spacing[a]) for a in across)
     parts, starts = [], []
     for a in (v, u):  # rows, columns
-        n, (low, high) = report.ct.values.shape[a], view[a]
+        n, (low, high) = report.scan.values.shape[a], view[a]
         first = max(0, math.floor(low / spacing[a]))
         parts.append(slice(first, min(n, math.ceil(high / spacing[a]) + 1)))
         starts.append(first)
@@ -456,7 +476,7 @@ def _plane(
     def cut(volume: Tensor) -> np.ndarray:
         return volume.select(axis, at)[parts[0], parts[1]].numpy()
 
-    rows, columns = cut(report.ct.values).shape
+    rows, columns = cut(report.scan.values).shape
     x = (starts[1] + np.arange(columns)) * du
     y = (starts[0] + np.arange(rows)) * dv
     extent = (x[0] - du / 2, x[-1] + du / 2, y[0] - dv / 2, y[-1] + dv / 2)
@@ -483,7 +503,7 @@ def _plane(
         if panel.name == "PET":
             for draw in _drawn(report, k, axis, at):
                 contour(draw[parts[0], parts[1]], colour, linewidths=0.8)
-        elif panel.name == "CT":
+        elif panel.over is None:
             contour(cut(report.prob[k]), colour, level=report.threshold, linewidths=1.5)
         if report.truth is not None:
             truth = cut(report.truth[k].float())
@@ -512,8 +532,8 @@ def _plane(
 def _drawn(
     report: SegmentationReport, label: int, axis: int, at: int
 ) -> list[np.ndarray]:
-    """Each draw's probabilities in a plane of the CT's grid."""
-    grid = Grid.of(report.ct)
+    """Each draw's probabilities in a plane of the scan's grid."""
+    grid = Grid.of(report.scan)
     start, shape = [0, 0, 0], list(grid.shape)
     start[axis], shape[axis] = at, 1
     there = grid.part((start[0], start[1], start[2]), (shape[0], shape[1], shape[2]))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -11,7 +11,6 @@ import torch
 from torch import Generator, Tensor, nn
 
 from invsolve import io
-from invsolve.grids import covered, resampled
 from invsolve.io import Image
 from invsolve.priors import Prior, UNet, UNetConfig
 from invsolve.priors.families.family import filled
@@ -24,7 +23,7 @@ from invsolve.samplers.core import Progress
 from invsolve.samplers.solvers import DDIM
 from invsolve.speed import Precision, accelerated
 
-from .cases import AIR_HU, SPACING_MM, Case, body_grid
+from .cases import SPACING_MM, Case, Modality, modalities_of, needed, prepared
 from .masks import MaskPrior, Network
 from .result import Segmentation
 
@@ -32,7 +31,7 @@ FAMILY = "mask-diffusion"
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT = "petct-headneck"
 WINDOW = 72
-"""Voxels a side that the network sees at once unless asked otherwise."""
+"""Voxels a side that the network sees at once unless its card or the caller says so."""
 FEWEST_STEPS = 10
 """Below which modes come out with frequencies off by more than 3 %."""
 
@@ -58,31 +57,43 @@ class Segmenter:
         return tuple(self.card["labels"])
 
     @property
-    def modalities(self) -> tuple[str, ...]:
-        """Which scans it is shown: ``ct``, ``pet``."""
-        return tuple(self.card["modalities"])
+    def modalities(self) -> dict[str, Modality]:
+        """Which scans it is shown (``ct``, ``pet``, ``mr``), and how."""
+        return modalities_of(self.card["modalities"])
 
-    def given(self, case: Case, window: int | None = WINDOW) -> MaskPrior:
+    @property
+    def scans(self) -> dict[str, Modality]:
+        """Which must be given, in this order."""
+        return needed(self.modalities)
+
+    @property
+    def spacing_mm(self) -> float:
+        """The side of a voxel that it sees."""
+        return float(self.card.get("spacing_mm", SPACING_MM))
+
+    @property
+    def window(self) -> int:
+        """Voxels a side that it sees at once unless asked otherwise."""
+        return int(self.card.get("window", WINDOW))
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a voxel has one label at most."""
+        return bool(self.card.get("exclusive", False))
+
+    def given(self, case: Case, window: int | None = None) -> MaskPrior:
         """p(mask | this patient's scans), for any sampler."""
-        images = shown(case.images, self.modalities)
+        window = window or self.window
         return MaskPrior(
             self.net,
-            images,
+            case.shown(self.modalities),
             sigma_min=self.card["sigma_min"],
             sigma_max=self.card["sigma_max"],
             multiple_of=self.multiple_of,
-            window=window and window // self.multiple_of * self.multiple_of,
-            outside=[OUTSIDE[name] for name in self.modalities],
+            window=window // self.multiple_of * self.multiple_of,
+            outside=[how.outside for how in self.modalities.values()],
+            exclusive=self.exclusive,
         )
-
-
-OUTSIDE = {"ct": -1.0, "pet": 0.0}
-"""Air, as networks see it."""
-
-
-def shown(images: Tensor, modalities: Sequence[str]) -> Tensor:
-    """The channels of CT and PET that a network is shown."""
-    return images[[list(OUTSIDE).index(name) for name in modalities]]
 
 
 @final
@@ -157,7 +168,8 @@ def load(name_or_path: str | Path = DEFAULT) -> Segmenter:
             raise ValueError("the weights are not those the card describes (sha256)")
         state, _ = read_checkpoint(file)
         net = laid_out(filled(lambda: build(network), state))
-        _ = [card[k] for k in ("labels", "modalities", "sigma_min", "sigma_max")]
+        _ = [card[k] for k in ("labels", "sigma_min", "sigma_max")]
+        modalities_of(card["modalities"])
     except ModuleNotFoundError:
         raise
     # A damaged card can make any of this raise anything at all.
@@ -169,58 +181,31 @@ def load(name_or_path: str | Path = DEFAULT) -> Segmenter:
     return Segmenter(net, card, network.multiple_of)
 
 
-def prepared(ct: Image, pet: Image | None, name: str = "") -> Case:
-    """CT and PET on the networks' grid, over the CT's body.
-
-    Raises:
-        ValueError: there is no body in the CT, the PET does not lie where it is, or a
-            scan is in another unit than HU and SUV.
-    """
-    grid = body_grid(ct, SPACING_MM)
-    hu = resampled(ct, grid, outside=AIR_HU).values
-    suv = torch.zeros_like(hu)
-    if pet is not None:
-        if (part := covered(pet, grid)) < 0.5:
-            raise ValueError(
-                f"CT and PET do not overlap in space: the PET covers {part:.0%} of the "
-                "CT's body; check that they are of one patient and both affines are right"
-            )
-        top = float(pet.values.max())
-        if top > 1000 or pet.values.min() < -1:
-            raise ValueError(
-                f"the PET's values go from {float(pet.values.min()):.4g} to {top:.4g}, "
-                "which cannot be SUV: divide Bq/ml by the injected dose per gram"
-            )
-        suv = resampled(pet, grid).values.clamp_min(0)
-    return Case(name, hu, suv, None, grid)
-
-
 def segment(
-    ct: Image,
-    pet: Image | None,
+    *scans: Image,
     model: str | Path | Segmenter = DEFAULT,
-    *,
     samples: int = 4,
     steps: int = 20,
-    window: int = WINDOW,
+    window: int | None = None,
     chunk: int = 1,
     generator: Generator,
     device: torch.device | None = None,
     precision: Precision = "float32",
     progress: Progress = iter,
 ) -> Segmentation:
-    """Draws of the mask given CT and PET, by DDIM: m ~ p(m | CT, PET).
+    """Draws of the mask given scans, by DDIM: m ~ p(m | scans).
 
-    Both scans are brought to the model's grid by where they lie in millimetres; the
-    result is on that grid, and `Segmentation.on` brings it to the CT's.
+    They are brought to the model's grid by where they lie in millimetres; the result is
+    on that grid, and `Segmentation.on` brings it to a scan's own.
 
     Args:
-        ct: in HU.
-        pet: in SUV; None for a model that is not shown one.
+        scans: those of `Segmenter.scans`, in order: of ``petct-headneck`` a CT in HU and
+            a PET in SUV, of ``brain-tissues`` an MR.
         model: a segmenter, or the name or path of one.
         samples: how many draws.
         steps: of DDIM, at least 10.
-        window: voxels a side that the network sees at once; less takes less memory.
+        window: voxels a side that the network sees at once, the model's own unless
+            given; less takes less memory.
         chunk: draws side by side.
         generator: of the draws, each of which has a stream of its own.
         device: where; the CPU unless given.
@@ -228,13 +213,14 @@ def segment(
         progress: wraps the loop over chunks, as ``tqdm`` does.
 
     Raises:
-        ValueError: the scans are not of one place, or not in these units; a number is out
-            of range.
+        ValueError: there are more scans or fewer, they are not of one place or not in
+            these units, or a number is out of range.
     """
     segmenter = model if isinstance(model, Segmenter) else load(model)
-    if pet is None and "pet" in segmenter.modalities:
-        raise ValueError("this model needs a PET beside the CT: give one")
-    case = prepared(ct, pet if "pet" in segmenter.modalities else None)
+    kinds = segmenter.scans
+    check_scans(len(scans), segmenter)
+    given = dict(zip(kinds, scans, strict=True))
+    case = prepared(given, kinds, segmenter.spacing_mm)
     return segment_case(
         case,
         segmenter,
@@ -249,13 +235,23 @@ def segment(
     )
 
 
+def check_scans(n: int, segmenter: Segmenter) -> None:
+    """Raises ValueError unless there are as many scans as the model needs."""
+    kinds = [kind.upper() for kind in segmenter.scans]
+    if n != len(kinds):
+        raise ValueError(
+            f"this model needs {len(kinds)} scan{'s' if len(kinds) > 1 else ''}, "
+            f"{' and '.join(kinds)} in this order, got {n}"
+        )
+
+
 def segment_case(
     case: Case,
     segmenter: Segmenter,
     *,
     samples: int = 4,
     steps: int = 20,
-    window: int = WINDOW,
+    window: int | None = None,
     chunk: int = 1,
     generator: Generator,
     device: torch.device | None = None,
@@ -267,14 +263,14 @@ def segment_case(
         ("samples", samples, 1),
         ("chunk", chunk, 1),
         ("steps", steps, FEWEST_STEPS),
-        ("window", window, segmenter.multiple_of),
+        ("window", window or segmenter.window, segmenter.multiple_of),
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if min(case.grid.shape) < segmenter.multiple_of:
         raise ValueError(
-            f"the body is {case.grid.shape} voxels of {SPACING_MM:g} mm, less than the "
-            f"network's {segmenter.multiple_of}: give a larger part of it"
+            f"the body is {case.grid.shape} voxels of {segmenter.spacing_mm:g} mm, less "
+            f"than the network's {segmenter.multiple_of}: give a larger part of it"
         )
     start = time.perf_counter()
     given = segmenter.given(case, window)
@@ -327,7 +323,6 @@ def save(
         "name": name,
         "family": FAMILY,
         "network": network.to_dict(),
-        "spacing_mm": SPACING_MM,
         **said,
         "sha256": sha256(file),
     }

@@ -1,20 +1,25 @@
 """Training a segmenter: cross entropy and square error of the mask behind a noisy one.
 
 Minimise E [BCE(2m_σ/σ² + F; m) + ‖tanh(m_σ/σ² + F/2) − m‖²] over m_σ = m + σn, σ
-log-normal. Both terms are proper: at their least D is E[m | m_σ, images], so that draws
+log-normal; of labels that exclude one another the cross entropy and the square error of
+all of them. Both terms are proper: at their least D is E[m | m_σ, images], so that draws
 are calibrated. Dice is not, and is added only if asked.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 from torch.distributions import Normal
-from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits as bce,
+    cross_entropy,
+)
 
 from invsolve import io
 from invsolve.grids import resampled
@@ -33,12 +38,17 @@ from invsolve.training_loop import (
     fit,
 )
 
-from .cases import Case
+from .cases import (
+    SPACING_MM,
+    Case,
+    Modality,
+    modalities_of,
+    needed,
+    prepared,
+)
 from .hecktor import hecktor_cases
-from .masks import shown_logits
-from .segmenter import OUTSIDE, build, prepared, save, shown
-
-Modality = Literal["ct", "pet"]
+from .masks import shares, shown_logits, with_none
+from .segmenter import build, save
 
 
 class Cases(Section):
@@ -47,7 +57,10 @@ class Cases(Section):
     train: Path
     val: Path
     """Folders in HECKTOR's layout: see `invsolve.segmentation.hecktor`."""
-    modalities: tuple[Modality, ...] = ("ct", "pet")
+    modalities: dict[str, Modality] = Field(default=modalities_of(("ct", "pet")))
+    """Names of `invsolve.segmentation.cases.MODALITIES`, or a table for each."""
+    spacing_mm: float = Field(default=SPACING_MM, gt=0)
+    """The side of the voxels that all is brought to."""
     labels: tuple[str, ...] = ("tumour",)
     """Names of the masks; the files' labels 1, 2 … in order, or all of them if one."""
     crop: int = Field(default=48, gt=0)
@@ -58,6 +71,11 @@ class Cases(Section):
     """The part of the cubes that is around a voxel of a mask."""
     flip: bool = True
     """Random left–right mirroring."""
+
+    @field_validator("modalities", mode="before")
+    @classmethod
+    def _known(cls, told: Any) -> dict[str, Modality]:
+        return modalities_of(told)
 
 
 class SegmenterConfig(ConfigFile):
@@ -73,6 +91,8 @@ class SegmenterConfig(ConfigFile):
     """How long; images are windows, of which a crop counts as a part."""
     sigma_min: float = 0.4
     sigma_max: float = 40.0
+    exclusive: bool = False
+    """Whether a voxel has one label at most."""
     dice: float = Field(default=0.0, ge=0)
     """The weight of a Dice loss, which is not proper: probabilities get too sure."""
     tensorboard: bool = False
@@ -138,10 +158,12 @@ def train_segmenter(
         Task(
             make or partial(build, network),
             batch,
-            partial(mask_loss, dice=config.dice, bf16=opt.bf16),
-            lambda net: first_pass(net, *checked, config.sigma_max),
+            partial(
+                mask_loss, dice=config.dice, bf16=opt.bf16, exclusive=config.exclusive
+            ),
+            lambda net: first_pass(net, *checked, config.sigma_max, config.exclusive),
             ("dice_of_first_pass", "nll_of_first_pass"),
-            lambda net: _sheet(net, *checked, config.sigma_max),
+            lambda net: _sheet(net, *checked, config.sigma_max, config.exclusive),
         ),
         plan,
         out / "checkpoint.pt",
@@ -158,7 +180,9 @@ def train_segmenter(
             out,
             config.name,
             labels=list(data.labels),
-            modalities=list(data.modalities),
+            modalities=data.model_dump(mode="json")["modalities"],
+            spacing_mm=data.spacing_mm,
+            exclusive=config.exclusive,
             sigma_min=config.sigma_min,
             sigma_max=config.sigma_max,
             training={"windows_seen": seen, "seed": seed, **opt.model_dump()},
@@ -175,13 +199,13 @@ def read_cases(folder: Path, data: Cases) -> list[Case]:
     Raises:
         ValueError: a patient has no label or an empty one, or there is none at all.
     """
-    cases = []
-    for files in hecktor_cases(folder):
+    cases, kinds = [], needed(data.modalities)
+    for files in hecktor_cases(folder, scans=list(kinds)):
         if files.label is None:
             raise ValueError(f"{files.name} has no label: training needs one")
-        ct, pet = io.read(files.ct, "HU"), io.read(files.pet, "SUV")
+        scans = {k: io.read(file, kinds[k].unit) for k, file in files.scans.items()}
         code = io.read(files.label, "")
-        case = prepared(ct, pet, files.name)
+        case = prepared(scans, kinds, data.spacing_mm, files.name)
         moved = resampled(code, case.grid, nearest=True).values.round().int()
         one = len(data.labels) == 1
         masks = (
@@ -192,7 +216,7 @@ def read_cases(folder: Path, data: Cases) -> list[Case]:
                 f"the mask of {files.name} is empty: leave the patient out, or check that "
                 "mask and CT lie in the same place"
             )
-        cases.append(Case(case.name, case.ct, case.pet, torch.stack(masks), case.grid))
+        cases.append(replace(case, masks=torch.stack(masks)))
     return cases
 
 
@@ -201,10 +225,12 @@ def cubes(
 ) -> tuple[Tensor, Tensor]:
     """Random cubes of patients: the images shown, and m = ±1, mirrored and varied.
 
-    Air surrounds each patient. The scans' values are varied a little: the CT's by up to
-    20 HU, the PET's by some 10 %.
+    Air surrounds each patient. The scans' values are varied a little: see
+    `Modality.varied`.
     """
     images, masks = [], []
+    how = data.modalities
+    air = [one.outside for one in how.values()]
     for _ in range(n):
         case = cases[int(torch.randint(len(cases), (), generator=generator))]
         draw = torch.rand(8, generator=generator)
@@ -223,12 +249,14 @@ def cubes(
             (space - side).clamp_min(0),
         )
         corner = corner.clamp(low.long(), high)
-        vary = torch.randn(2, generator=generator)
-        ct, pet = case.images
-        seen = torch.stack([ct + 0.03 * vary[0], pet * (0.1 * vary[1]).exp()])
-        air = [OUTSIDE[name] for name in data.modalities]
-        image = cut(shown(seen, data.modalities), corner, side, air)
-        mask = cut(2.0 * case.masks - 1, corner, side, [-1.0] * len(data.labels))
+        amounts = torch.randn(len(case.scans), generator=generator)
+        amount = dict(zip(case.scans, amounts, strict=True))
+        varied = torch.stack(
+            [one.varied(one.seen(case.scans[k]), amount[k]) for k, one in how.items()]
+        )
+        image = cut(varied, corner, side, air)
+        inside = cut(case.masks, corner, side, [0.0] * len(data.labels))
+        mask = 2.0 * inside - 1
         if data.flip and draw[7] < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
         images.append(image)
@@ -268,13 +296,19 @@ def mask_loss(
     images: Tensor,
     dice: float,
     bf16: bool,
+    exclusive: bool = False,
 ) -> Tensor:
     """BCE + square error, and ``dice`` times 1 − 2 Σ p m/(Σ p + Σ m)."""
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=bf16):
         logits = shown_logits(net, x, per_item(sigma, x), images)
     truth = (mask + 1) / 2
-    p = logits.sigmoid()
-    loss = bce(logits, truth) + 4 * (p - truth).square().mean()
+    if exclusive:
+        p, none = shares(logits), 1 - truth.sum(1, keepdim=True)
+        entropy = cross_entropy(with_none(logits), torch.cat([none, truth], 1))
+        loss = entropy + 4 * (p - truth).square().sum(1).mean()
+    else:
+        p = logits.sigmoid()
+        loss = bce(logits, truth) + 4 * (p - truth).square().mean()
     if dice:
         both = (p * truth).flatten(2).sum(2)
         total = (p + truth).flatten(2).sum(2)
@@ -283,9 +317,11 @@ def mask_loss(
 
 
 @torch.no_grad()
-def first_pass(net: Any, images: Tensor, mask: Tensor, sigma: float) -> list[float]:
+def first_pass(
+    net: Any, images: Tensor, mask: Tensor, sigma: float, exclusive: bool = False
+) -> list[float]:
     """Dice of P(m = 1 | images) > ½ over all cubes together, and its mean NLL in nats."""
-    p = probability(net, images, mask, sigma)
+    p = probability(net, images, mask, sigma, exclusive)
     truth = (mask > 0).float()
     found = (p > 0.5).float()
     dice = 2 * (found * truth).sum() / (found.sum() + truth.sum()).clamp_min(1)
@@ -295,7 +331,9 @@ def first_pass(net: Any, images: Tensor, mask: Tensor, sigma: float) -> list[flo
     return [float(dice), float(nll.mean())]
 
 
-def probability(net: Any, images: Tensor, mask: Tensor, sigma: float) -> Tensor:
+def probability(
+    net: Any, images: Tensor, mask: Tensor, sigma: float, exclusive: bool = False
+) -> Tensor:
     """By one pass at the highest level, where the noisy mask tells nothing."""
     generator = Generator().manual_seed(0)
     parts = []
@@ -303,15 +341,14 @@ def probability(net: Any, images: Tensor, mask: Tensor, sigma: float) -> Tensor:
         n = sigma * randn_like(m, generator)
         device = next(net.parameters()).device
         level = per_item(torch.full((1,), sigma), m)
-        parts.append(
-            shown_logits(net, n.to(device), level.to(device), image.to(device))
-            .sigmoid()
-            .cpu()
-        )
+        logits = shown_logits(net, n.to(device), level.to(device), image.to(device))
+        parts.append((shares(logits) if exclusive else logits.sigmoid()).cpu())
     return torch.cat(parts)
 
 
-def _sheet(net: Any, images: Tensor, mask: Tensor, sigma: float) -> Tensor:
-    """Probability, in the middle slice of each cube."""
+def _sheet(
+    net: Any, images: Tensor, mask: Tensor, sigma: float, exclusive: bool
+) -> Tensor:
+    """The first label's probability, in the middle slice of each cube."""
     middle = mask.shape[2] // 2
-    return probability(net, images, mask, sigma)[:, :1, middle]
+    return probability(net, images, mask, sigma, exclusive)[:, :1, middle]

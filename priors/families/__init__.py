@@ -10,3 +10,11 @@ FAMILIES: tuple[Family, ...] = (
     hugging_face.FAMILY,
     monai.FAMILY,
 )
+
+REGISTERED: list[Family] = list(FAMILIES)
+"""These, and those that other parts of the package bring."""
+
+
+def register(family: Family) -> None:
+    """Let `invsolve.priors.load` know a family of checkpoints by its name and weights."""
+    REGISTERED.append(family)

@@ -1,0 +1,391 @@
+"""Posterior samples learnt from measurements alone: the tables of docs/dfm.md.
+
+    python benchmarks/dfm.py run --kind ct --prior runs/dfm-ct/dfm-ct-64.json --out runs/dfm
+    python benchmarks/dfm.py docs
+
+CT: slices of OpenKBP's validation patients (real CT, the first nine for tuning, the rest
+reported) from 8 even views of 48, measured on a finer grid. Brain MR: simulated heads that
+no prior saw, 8 of 64 columns of k-space with the middle four. Nothing but the oracle was
+trained on images. Each result is kept as it comes; the same call goes on.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from ct_headneck import machine, put
+from dfm_baselines import Ambient, Oracle, Setting, setting, trained
+from make_exams import CT_SIGMA, MR_SIGMA, SLICES, families, parts
+from quality import read
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+import invsolve as iv
+from invsolve import io, samplers
+from invsolve.forward_prior import NetworkForwardPrior
+from invsolve.metrics import body_mask, psnr, ssim
+from invsolve.operators import GaussianNoise, ParallelBeam
+from invsolve.operators.parametric import Rows
+from invsolve.priors.weights import read_card
+from invsolve.simulate import line_integrals
+from invsolve.units import MU_WATER
+
+RESULTS = Path(__file__).parent / "results" / "dfm.json"
+IMAGES, TUNE, DRAWS, STEPS = 32, 8, 16, 30
+RANGE = {"ct": 2 * MU_WATER, "mr": 1.0}
+NONE = {"ct": "FBP", "mr": "zero-filled"}
+LAMS = {
+    "ct": [k / MU_WATER for k in (0.5, 1.0, 2.0, 4.0, 8.0)],
+    "mr": [0.003, 0.01, 0.03, 0.1, 0.3],
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Test:
+    """Images, what was measured of them, and where they count."""
+
+    x: Tensor
+    rows: Rows
+    problem: iv.InverseProblem
+    region: Tensor
+
+
+def tests(kind: str, data: Path, part: str, n: int) -> Test:
+    """Of patients of a part, evenly chosen."""
+    x = SLICES[kind](parts(data, kind)[part])
+    x = x[torch.linspace(0, len(x) - 1, n).long()]
+    family = families()[kind]
+    rows = torch.zeros(1, *family.grid, dtype=torch.bool)
+    generator = Generator().manual_seed(3)
+    if kind == "ct":
+        rows[:, ::6] = True
+        assert isinstance(family.full, ParallelBeam)
+        sigma, z = CT_SIGMA, line_integrals(x, family.full, 3)
+        region = body_mask(x)
+    else:
+        rows[:, 30:34] = True
+        others = torch.randperm(60, generator=generator)[:4]
+        rows[:, others + 4 * (others >= 30)] = True
+        sigma, z, region = MR_SIGMA, family.full.apply(x), x > 0.05
+    noise = GaussianNoise(sigma)
+    y = family.restrict_data(noise.sample(z, generator=generator), rows)
+    return Test(x, rows, iv.InverseProblem(y, family(rows), noise), region)
+
+
+# --- methods: (test, generator) to draws, and how many passes of a network each took
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """How draws are made; a point estimate is one draw."""
+
+    make: Callable[[Test, Generator, int], tuple[Tensor, float]]
+    draws: int = 1
+
+
+def solved(
+    test: Test, prior: Any, sampler: Any, g: Generator, n: int, **more: Any
+) -> Any:
+    """By the package's own call."""
+    out = iv.solve(test.problem, prior, sampler, samples=n, generator=g, **more)
+    return out.samples, out.stats.network_forwards / (n * len(test.x))
+
+
+def methods(
+    kind: str, data: Path, prior: NetworkForwardPrior, out: Path, found: dict[str, Any]
+) -> Mapping[str, Method]:
+    """All that are compared, by name."""
+    at = setting(kind, data)
+    chosen = found.setdefault("chosen", {})
+
+    def tuned(name: str, grid: list[Any], run: Callable[[Test, Any], Tensor]) -> Any:
+        """The setting of the best PSNR on other patients."""
+        if name not in chosen:
+            test = tests(kind, data, "val", TUNE)
+            scores = [float(_psnr(kind, run(test, v), test).mean()) for v in grid]
+            chosen[name] = {
+                "value": grid[max(range(len(grid)), key=scores.__getitem__)],
+                "grid": grid,
+                "scores": scores,
+            }
+        return chosen[name]["value"]
+
+    def classical(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
+        y = test.problem.y
+        if kind == "mr":
+            return families()[kind].full.adjoint(y)[None], 0
+        seen = test.rows[0]
+        full = families()[kind].full
+        assert isinstance(full, ParallelBeam)
+        beam = ParallelBeam(full.shape, full.angles[seen], full.pixel_mm)
+        problem = iv.InverseProblem(y[:, :, seen], beam, test.problem.noise)
+        windows = ["ram-lak", "shepp-logan", "cosine", "hann"]
+
+        def by(test: Test, window: str) -> Tensor:
+            some = iv.InverseProblem(test.problem.y[:, :, seen], beam, problem.noise)
+            return iv.solve(
+                some, None, samplers.fbp, generator=g, window=window
+            ).samples[0]
+
+        window = tuned("FBP", windows, by)
+        return iv.solve(
+            problem, None, samplers.fbp, generator=g, window=window
+        ).samples, 0
+
+    def tv(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
+        def by(test: Test, lam: float) -> Tensor:
+            more = {"steps": 300, "nonnegative": True, "lam": lam}
+            return iv.solve(
+                test.problem, None, samplers.tv, generator=g, **more
+            ).samples[0]
+
+        return by(test, tuned("TV", LAMS[kind], by))[None], 0
+
+    def point(name: str) -> Method:
+        def make(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
+            model, _ = trained(name, kind, at, out)
+            return guess(model, test)[None], 1
+
+        return Method(make)
+
+    def oracle(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
+        model, spread = trained("supervised", kind, at, out)
+        y = model.whitened(test.problem.y)
+        draws = [
+            torch.cat(
+                [
+                    Oracle(model, spread).sample(v, test.rows, STEPS, g)
+                    for v in y.split(16)
+                ]
+            )
+            for _ in range(n)
+        ]
+        return model.gain * torch.stack(draws), STEPS + 1
+
+    def ambient(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
+        prior = ambient_prior(trained("ambient", kind, at, out)[0], at)
+
+        def by(test: Test, zeta: float, n: int = 1) -> Any:
+            more = {"steps": STEPS, "lam": zeta}
+            return solved(test, prior, samplers.diffpir, g, n, **more)
+
+        grid = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+        lam = tuned("Ambient", grid, lambda test, v: by(test, v)[0][0])
+        return by(test, lam, n)
+
+    def dfm(**more: Any) -> Method:
+        def make(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
+            return solved(test, prior, samplers.dfm, g, n, steps=STEPS, **more)
+
+        return Method(make, DRAWS)
+
+    def own(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
+        return guess(prior, test)[None], 1
+
+    return {
+        NONE[kind]: Method(classical),
+        "TV": Method(tv),
+        "SSDU": point("ssdu"),
+        "equivariant imaging": point("ei"),
+        "DFM's guess": Method(own),
+        "supervised mean (oracle)": point("supervised"),
+        "Ambient prior, DiffPIR": Method(ambient, DRAWS),
+        "DFM, one target": dfm(),
+        "DFM, one target, closing draw": dfm(closing="gaussian"),
+        "DFM, three targets": dfm(targets=3),
+        "DFM, three targets, closing draw": dfm(targets=3, closing="gaussian"),
+        "supervised sampler (oracle)": Method(oracle, DRAWS),
+    }
+
+
+def ambient_prior(model: NetworkForwardPrior, at: Setting) -> iv.priors.Prior:
+    """The Ambient prior with rows spread evenly, as many as it was trained with."""
+    family, split = model.family, at.config.split
+    n = split.context[1] + split.target
+    rows = torch.zeros(1, *family.grid, dtype=torch.bool)
+    if split.centre:
+        kept = split.kept(family.grid)
+        assert kept is not None
+        rows[:, kept] = True
+    free = (~rows[0]).nonzero().flatten()
+    rows[:, free[torch.linspace(0, len(free) - 1, n - int(rows.sum())).long()]] = True
+    return Ambient(model, rows)
+
+
+@torch.no_grad()
+def guess(model: NetworkForwardPrior, test: Test) -> Tensor:
+    """The mean that a network gives, in the image's unit."""
+    return model.gain * model.guess(model.whitened(test.problem.y), test.rows)
+
+
+# --- scores
+
+
+def _psnr(kind: str, x: Tensor, test: Test) -> Tensor:
+    return psnr(x, test.x, RANGE[kind], test.region)
+
+
+def scores(kind: str, draws: Tensor, test: Test) -> dict[str, Any]:
+    """Of one draw and of the mean; and whether the truth is as likely as a draw.
+
+    An interval of 90 % for a draw, were draws Gaussian: mean ± t s √(1 + 1/n).
+    """
+    from scipy.stats import t
+
+    one, mean, n = draws[0], draws.mean(0), len(draws)
+    A, noise = test.problem.linear, test.problem.noise
+    assert isinstance(noise, GaussianNoise) and isinstance(noise.sigma, float)
+    sigma = noise.sigma
+    seen = families()[kind].spread(test.rows).expand(test.problem.y.shape)
+    misfit = ((A.apply(one) - test.problem.y)[seen]).abs().square().mean()
+    row: dict[str, Any] = {
+        "psnr": _psnr(kind, one, test).tolist(),
+        "ssim": ssim(one, test.x, RANGE[kind], test.region).tolist(),
+        "psnr_of_mean": _psnr(kind, mean, test).tolist(),
+        "misfit": float(misfit) / (sigma**2 * (1 + test.problem.y.is_complex())),
+    }
+    if n > 1:
+        wide = float(t.ppf(0.95, n - 1)) * draws.std(0) * (1 + 1 / n) ** 0.5
+        inside = ((test.x - mean).abs() <= wide)[test.region]
+        row["coverage"] = float(inside.float().mean())
+        # The energy form of the continuous ranked probability score, without its bias.
+        ranked = draws.sort(0).values
+        at = torch.arange(n).reshape(-1, *(1,) * (draws.ndim - 1))
+        among = (2 * at - n + 1).mul(ranked).sum(0) / (n * (n - 1))
+        crps = (draws - test.x).abs().mean(0) - among
+        row["crps"] = float(crps[test.region].mean()) / RANGE[kind]
+    else:
+        row["crps"] = float((one - test.x).abs()[test.region].mean()) / RANGE[kind]
+    return row
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make what is not there yet."""
+    everything: dict[str, Any] = read(args.results)
+    found = everything.setdefault(args.kind, {"rows": {}})
+    prior = iv.priors.load(args.prior)
+    assert isinstance(prior, NetworkForwardPrior)
+    test = tests(args.kind, args.data, "test", args.images)
+    todo = methods(args.kind, args.data, prior, args.out, found)
+    pictures: dict[str, Tensor] = {}
+    for name, method in tqdm(todo.items(), desc=args.kind):
+        if name in found["rows"]:
+            continue
+        clock = time.process_time()
+        try:
+            with torch.no_grad():
+                draws, passes = method.make(
+                    test, Generator().manual_seed(args.seed), method.draws
+                )
+        except FileNotFoundError as error:
+            tqdm.write(f"{name} is left out: {error}")
+            continue
+        seconds = (time.process_time() - clock) / (method.draws * len(test.x))
+        found["rows"][name] = {
+            **scores(args.kind, draws, test),
+            "draws": method.draws,
+            "passes": passes,
+            "seconds": seconds,
+        }
+        pictures[name] = draws[:, ::8].half()
+        keep = args.out / f"pictures-{args.kind}.pt"
+        old = torch.load(keep, weights_only=True) if keep.exists() else {}
+        torch.save({**old, **pictures, "truth": test.x[::8]}, keep)
+        card = read_card(args.prior)[0]
+        found |= {
+            "images": args.images,
+            "exams_seen": card["training"]["exams_seen"],
+            "exams": card["training"]["exams"],
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": machine(),
+        }
+        text = json.dumps(everything, indent=1) + "\n"
+        io.replace(args.results, lambda p: Path(p).write_text(text))  # noqa: B023
+
+
+def docs(args: argparse.Namespace) -> None:
+    """Put the tables between the page's marks."""
+    for kind, found in read(args.results).items():
+        rows = found["rows"]
+        lines = [
+            "| method | network passes | PSNR of a draw | SSIM | PSNR of the mean | CRPS | "
+            "inside 90 % | misfit | seconds |",
+            "|" + " --- |" * 9,
+        ]
+        for name, row in rows.items():
+            many = row["draws"] > 1
+            mean = f"{_mean(row['psnr_of_mean']):.2f}" if many else ""
+            inside = f"{100 * row['coverage']:.0f} %" if many else ""
+            lines.append(
+                f"| {name} | {row['passes']:.0f} | {_mean(row['psnr']):.2f} | "
+                f"{_mean(row['ssim']):.3f} | {mean} | {100 * row['crps']:.2f} % | "
+                f"{inside} | {row['misfit']:.2f} | {row['seconds']:.2f} |"
+            )
+        best = {k: v["value"] for k, v in found["chosen"].items()}
+        lines += [
+            "",
+            f"{found['images']} images. PSNR in dB; point estimates stand under *a draw*. "
+            f"CRPS as a part of the range. *Inside 90 %*: pixels within the interval of "
+            f"{DRAWS} draws. *Misfit*: ⟨|A x − y|²⟩/σ² of a draw, 1 for the truth. Seconds "
+            f"of a core for a draw. Every network saw {found['exams_seen']} exams of "
+            f"{found['exams']}. Chosen on other patients: {best}. {found['date']}, "
+            f"{found['machine']}, seed 0.",
+        ]
+        begin, end = f"<!-- dfm-{kind}: begin -->", f"<!-- dfm-{kind}: end -->"
+        put(args.docs, "\n".join(lines), begin, end)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def picture(args: argparse.Namespace) -> None:
+    """Truth, reconstructions and draws, side by side."""
+    from matplotlib.figure import Figure
+
+    saved = torch.load(args.out / f"pictures-{args.kind}.pt", weights_only=True)
+    truth = saved.pop("truth")
+    shown: dict[str, Tensor] = {"truth": truth}
+    for name, draws in saved.items():
+        shown[name] = draws[0].float()
+    for name in ("DFM, three targets, closing draw", "supervised sampler (oracle)"):
+        if name in saved and len(saved[name]) > 1:
+            shown[f"{name}: spread"] = 4 * saved[name].float().std(0)
+    figure = Figure(figsize=(1.5 * len(shown), 1.7 * len(truth)), layout="constrained")
+    axes = figure.subplots(len(truth), len(shown))
+    for i in range(len(truth)):
+        for j, (name, x) in enumerate(shown.items()):
+            high = 1.6 * MU_WATER if args.kind == "ct" else 1.0
+            axes[i, j].imshow(x[i, 0].float(), cmap="gray", vmin=0, vmax=high)
+            axes[i, j].set_axis_off()
+            if i == 0:
+                axes[i, j].set_title(name.replace(", ", ",\n"), fontsize=6)
+    figure.savefig(args.docs.parent / f"dfm-{args.kind}.png", dpi=110)
+
+
+def main() -> None:
+    """Run, or write the page's tables and pictures."""
+    parser = argparse.ArgumentParser(description="Samples learnt from measurements.")
+    parser.add_argument("what", choices=["run", "docs", "picture"])
+    data = Path(os.environ.get("INVSOLVE_DATA", "."))
+    parser.add_argument("--data", type=Path, default=data)
+    parser.add_argument("--kind", choices=["ct", "mr"], default="ct")
+    parser.add_argument("--prior", type=str, default="dfm-ct-64")
+    parser.add_argument("--out", type=Path, default=Path("runs/dfm"))
+    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=Path("docs/dfm.md"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    {"run": run, "docs": docs, "picture": picture}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""DFM: a posterior sampler that was trained on measurements alone.
+
+Tewari, Yin, Cazenavette, Rezchikov, Tenenbaum, Durand, Freeman, Sitzmann, "Diffusion with
+Forward Models: Solving Stochastic Inverse Problems Without Direct Supervision", NeurIPS
+2023. Theirs are one-shot and autoregressive sampling; the correction for the data's noise
+and the closing draw are ours.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Generator, Tensor
+
+from ..counting import CountedPrior, Tally
+from ..forward_prior import ForwardPrior, parts, whole
+from ..operators import GaussianNoise
+from ..operators.parametric import Parametric
+from ..priors import Prior
+from ..priors.schedules import karras_sigmas
+from ..problem import InverseProblem
+from ..random import Randomness, draw, randn_like
+from ..shapes import X
+from .core import Progress, ddim, gives, transitions
+
+Closing = Literal["none", "gaussian"]
+
+
+@gives("posterior_sample")
+@torch.no_grad()
+def dfm(
+    problem: InverseProblem,
+    prior: Prior,
+    *,
+    steps: int = 50,
+    sigmas: Tensor | None = None,
+    eta: float = 0.0,
+    targets: int | Literal["all"] | Sequence[Bool[Tensor, "*grid"]] = 1,
+    guidance: float = 1.0,
+    closing: Closing = "none",
+    generator: Randomness,
+    progress: Progress = iter,
+) -> X:
+    """For each target T: u from s_max n to y_T ~ p(y_T | y_C), then C ← C ∪ T.
+
+        Ŝ = E[S | y_C, u],   ŷ = A_T Ŝ + κ (u − A_T Ŝ),   u ← DDIM(u, ŷ, s, s′)
+
+    with κ = σ_y²/(σ_y² + s²). Returned is the last Ŝ. Its mean is E[S | y_C]; its
+    covariance is Cov(S | C) − E Cov(S | C, T): too little by what C and T together leave
+    open. More targets leave less open, and the closing draw adds N(0, what is left). With
+    the exact Ŝ of a Gaussian both are exact but for the steps (docs/dfm.md).
+
+    Args:
+        problem: of an operator whose rows are among the prior's ``family``, in its noise.
+        prior: a `ForwardPrior`.
+        steps: how many for each target; 100 or more where the spread counts.
+        sigmas: the noise levels instead, in whitened units, highest first.
+        eta: η of DDIM: 0 for none but the first noise.
+        targets: how many targets of the size that was trained with, drawn from the rows
+            that were not acquired; ``all`` until every row is; or the targets themselves.
+            Contexts larger than those of the training are extrapolated to.
+        guidance: w of ŷ = ŷ₀ + w (ŷ_C − ŷ₀), where ŷ₀ is without context; 1 is none.
+        closing: ``gaussian`` adds the draw.
+        generator: where every random number comes from.
+        progress: wraps the loop over levels, as ``tqdm`` does.
+
+    Raises:
+        ValueError: the prior is of another kind, or was trained for another geometry or
+            another noise.
+    """
+    model, tally = forward_prior(prior)
+    family, y = model.family, problem.y
+    context, y, c = family.acquired(problem.linear, y)
+    if not math.isclose(c, model.gain, rel_tol=1e-3):
+        raise ValueError(
+            f"the operator is {c / model.gain:.4g} times the one that was trained for: "
+            "call the sampler through invsolve.solve, in the prior's unit"
+        )
+    _check_noise(problem, model)
+    y = model.whitened(y)
+    plan = _targets(targets, family, context, model.target_rows, y, generator)
+    if sigmas is None:
+        sigmas = karras_sigmas(steps, model.sigma_min, model.sigma_max)
+    real = y.real if y.is_complex() else y
+    levels = transitions(sigmas.to(real))
+    lowest, nothing = levels[-1][0], torch.zeros_like(context)
+
+    def guessed(y: Tensor, C: Tensor) -> Tensor:
+        tally.forwards += len(y)
+        return model.guess(y, C)
+
+    def answer(
+        y: Tensor, C: Tensor, u: Tensor, T: Tensor, s: Tensor, at: Tensor
+    ) -> Tensor:
+        tally.forwards += len(y)
+        return model.signal(y, C, u, T, s, at)
+
+    S = guess = guessed(y, context)
+    unguided = guessed(torch.zeros_like(y), nothing) if guidance != 1 else guess
+    u = y
+    for T, s, s_next in progress([(T, *pair) for T in plan for pair in levels]):
+        if s == levels[0][0]:
+            u = model.measure(guess) + s * _noise(y, generator)
+        S = answer(y, context, u, T, s, guess)
+        o = model.corrected(model.measure(S), u, s)
+        if guidance != 1:
+            free = answer(torch.zeros_like(y), nothing, u, T, s, unguided)
+            free = model.corrected(model.measure(free), u, s)
+            o = free + guidance * (o - free)
+        u = whole(ddim(parts(u), parts(o), s, s_next, eta, generator), y)
+        if s_next == 0:
+            S = answer(y, context, u, T, lowest, guess)
+            y = family.join(y, context, family.restrict_data(u, T))
+            context = family.union(context, T)
+            guess = guessed(y, context) if T is not plan[-1] else guess
+    if closing == "gaussian":
+        S = S + model.residual(y, context, generator)
+    return S
+
+
+def forward_prior(prior: Prior) -> tuple[ForwardPrior, Tally]:
+    """The prior behind whatever counts or records it, and the count.
+
+    Raises:
+        ValueError: it is one of images.
+    """
+    inner: object = prior
+    tally = Tally()
+    while inner is not None and not isinstance(inner, ForwardPrior):
+        tally = inner.tally if isinstance(inner, CountedPrior) else tally
+        inner = vars(inner).get("inner")
+    if inner is None:
+        raise ValueError(
+            "dfm needs a prior that was trained on measurements: see docs/dfm.md"
+        )
+    return inner, tally
+
+
+def _check_noise(problem: InverseProblem, model: ForwardPrior) -> None:
+    noise = problem.noise
+    if not isinstance(noise, GaussianNoise) or not isinstance(noise.sigma, float):
+        raise ValueError(
+            "dfm needs GaussianNoise with one sigma, as it was trained for"
+        )
+    if not math.isclose(noise.sigma, model.sigma, rel_tol=0.05):
+        raise ValueError(
+            f"this prior was trained for noise of sigma {model.sigma:.4g}, the problem's "
+            f"is {noise.sigma:.4g}: train for it, or add noise to the measurements"
+        )
+
+
+def _noise(y: Tensor, generator: Randomness) -> Tensor:
+    return whole(randn_like(parts(y), generator), y)
+
+
+def _targets(
+    targets: int | str | Sequence[Tensor],
+    family: Parametric,
+    acquired: Tensor,
+    size: int,
+    y: Tensor,
+    generator: Randomness,
+) -> list[Tensor]:
+    missing = ~acquired.flatten()
+    left = int(missing.sum())
+    if not isinstance(targets, int | str):
+        given = [T[None] for T in targets]
+        for T in given:
+            family.check(T)
+            if (T & acquired).any():
+                raise ValueError("a target has rows that were acquired: leave them out")
+        return given
+    most = -(-left // size)
+    count = most if targets == "all" else int(targets)
+    if count < 0:
+        raise ValueError(f"targets must be 0 or more, got {targets}")
+    if left == 0 or count == 0:
+        return []
+
+    def chance(like: Tensor, g: Generator) -> Tensor:
+        return torch.rand(like.shape, generator=g, device=g.device)
+
+    # Drawn for each item, as they were in training.
+    order = draw(chance, torch.zeros(len(y), len(missing)), generator).to(y.device)
+    order = order.masked_fill(~missing, 2.0).argsort(1).argsort(1)
+    groups = [
+        (order >= k * size) & (order < min((k + 1) * size, left))
+        for k in range(min(count, most))
+    ]
+    return [group.reshape(len(y), *family.grid) for group in groups]
