@@ -84,8 +84,20 @@ class ForwardPrior(Prior):
         """
 
     @abstractmethod
-    def residual(self, y: Tensor, rows: Rows, generator: Randomness) -> Tensor:
-        """A draw of N(0, Cov(S | y_rows)), as far as the prior knows it."""
+    def residual(
+        self, y: Tensor, rows: Rows, mean: Tensor, generator: Randomness
+    ) -> Tensor:
+        """A draw of N(0, Cov(S | y_rows)), as far as the prior knows it.
+
+        Args:
+            y, rows: as y and context of ``guess``.
+            mean: E[S | y_rows].
+            generator: of the draw.
+        """
+
+    def in_bf16(self) -> "ForwardPrior":
+        """The same with its network in bfloat16, if it has one."""
+        return self
 
     def denoise(self, x: X, sigma: Sigma) -> X:
         raise ValueError(
@@ -199,7 +211,9 @@ class GaussianForwardPrior(ForwardPrior):
         d = torch.linalg.solve(information, (r @ self.matrix)[..., None])[..., 0]
         return self.mean + d.reshape(len(y), *self.mean.shape)
 
-    def residual(self, y: Tensor, rows: Rows, generator: Randomness) -> Tensor:
+    def residual(
+        self, y: Tensor, rows: Rows, mean: Tensor, generator: Randomness
+    ) -> Tensor:
         none = torch.zeros_like(rows)
         _, information = self._information(y, rows, none, torch.ones(()))
         root = torch.linalg.cholesky(torch.linalg.inv(information))
@@ -329,11 +343,20 @@ class NetworkForwardPrior(ForwardPrior):
         ridge = torch.tensor(self.ridge).to(nothing)
         return self.fused(nothing, v, weight, ridge)
 
-    def residual(self, y: Tensor, rows: Rows, generator: Randomness) -> Tensor:
+    def in_bf16(self) -> "NetworkForwardPrior":
+        faster = copy.copy(self)
+        if isinstance(self.head, UNetHead):
+            faster.head = copy.copy(self.head)
+            faster.head.bf16 = True
+        return faster
+
+    def residual(
+        self, y: Tensor, rows: Rows, mean: Tensor, generator: Randomness
+    ) -> Tensor:
         """Of N(0, (AᴴwA + μ)⁻¹): as good as the network's μ is a precision."""
         none = torch.zeros_like(rows)
         weight = self.precision(rows, none, torch.ones(()))
-        x = self.guess(y, rows)
+        x = mean
         level = x.new_full((len(x),), math.log(self.sigma_min) / 4)
         inputs = [x, torch.zeros_like(x), *self.coverages(rows, none, x)]
         mu = self.head(torch.cat(inputs, 1), level)[1].exp()

@@ -64,7 +64,6 @@ def moments(
 
     with (
         patch.object(module, "randn_like", given),
-        patch("invsolve.samplers.core.randn_like", given),
         patch("invsolve.forward_prior.randn_like", given),
     ):
         x = dfm(problem, prior, generator=seeded(), **options).flatten(1)
@@ -158,34 +157,32 @@ def test_drawn_targets_are_those_not_acquired_and_all_of_them_are_the_posterior(
 def test_guidance_of_the_exact_unconditional_and_conditional_is_affine() -> None:
     prior = gaussian(0.3)
     y, u = Y, torch.randn(1, 1, 1, D, dtype=torch.float64, generator=seeded(1))
-    s, s_next = (torch.tensor(v, dtype=torch.float64) for v in (2.0, 1.0))
+    s = torch.tensor(2.0, dtype=torch.float64)
     none = rows() & False
-    w = 2.5
     at = prior.guess(y, C)
     conditional = prior.corrected(prior.signal(y, C, u, T1, s, at), u, s)
     free = prior.corrected(prior.signal(y, none, u, T1, s, at), u, s)
-    expected = free + w * (conditional - free)
     problem = iv.InverseProblem(y, FAMILY(C), ops.GaussianNoise(0.3))
     answers = []
 
-    def keep(x: Tensor, x0: Tensor, *rest: object) -> Tensor:
-        answers.append(x0)
-        return u
+    def once(denoise: Any, x: Tensor, levels: Tensor, **rest: object) -> Tensor:
+        answers.append(denoise(u, levels[0]))
+        return x
 
-    start = iter([(u - prior.measure(prior.guess(y, C))) / s])
-    with (
-        patch.object(module, "ddim", keep),
-        patch.object(module, "randn_like", lambda x, g: next(start)),
-    ):
-        dfm(
-            problem,
-            prior,
-            targets=[T1[0]],
-            sigmas=torch.stack([s, s_next]),
-            guidance=w,
-            generator=seeded(),
-        )
-    torch.testing.assert_close(answers[0], expected)
+    how: dict[str, Any] = {"targets": [T1[0]], "sigmas": s[None], "solver": once}
+    dfm(problem, prior, guidance=2.5, generator=seeded(), **how)
+    torch.testing.assert_close(answers[0], free + 2.5 * (conditional - free))
+
+
+def test_a_second_order_solver_needs_few_steps() -> None:
+    prior = gaussian(0.1)
+    expected = posterior_cov(prior, C) - posterior_cov(prior, C | T1)
+
+    def error(**how: Any) -> float:
+        cov = moments(prior, Y, C, 1, targets=[T1[0]], steps=40, **how)[1]
+        return off(cov, expected)
+
+    assert error(solver=iv.samplers.solvers.Multistep(2)) < 0.03 < 0.08 < error()
 
 
 def test_solve_gives_each_sample_its_own_stream_and_counts() -> None:

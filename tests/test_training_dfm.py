@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
 import invsolve as iv
-from invsolve import exams as module, operators as ops, training_dfm
+from invsolve import exams as module, io, operators as ops, training_dfm
 from invsolve.cli import main
 from invsolve.exams import Exams, acquire, load_exams, save_exams
 from invsolve.forward_prior import (
@@ -181,7 +182,7 @@ def test_trained_saved_loaded_and_solved(kind: str, tmp_path: Path) -> None:
     how: dict[str, Any] = {"samples": 2, "steps": 3, "closing": "gaussian"}
     got = iv.solve(problem, prior, iv.samplers.dfm, generator=seeded(), **how)
     assert got.samples.shape == (2, *x.shape)
-    assert got.stats.network_forwards == 4 * (1 + 3 + 1)
+    assert got.stats.network_forwards == 4 * (1 + 3 + 1 + 1)
     if kind == "views":
         assert isinstance(family.full, ops.ParallelBeam)
         beam = ops.ParallelBeam((8, 8), family.full.angles[rows[0]])
@@ -312,13 +313,13 @@ def test_invsolve_train_and_solve_take_it(
     x = torch.rand(1, 1, 8, 8, generator=seeded(7))
     angles = family.words["angles"][::3]
     beam = ops.ParallelBeam((8, 8), angles)
-    measured = iv.io.Measurements(
+    measured = io.Measurements(
         beam.apply(x),
         {"name": "ct", "shape": [8, 8], "angles": angles.numpy(), "pixel_mm": 1.0},
         {"name": "gaussian", "sigma": 0.05},
-        __import__("numpy").eye(4),
+        np.eye(4),
     )
-    iv.io.save_measurements(tmp_path / "y.npz", measured)
+    io.save_measurements(tmp_path / "y.npz", measured)
     command = ["solve", str(tmp_path / "y.npz"), "-o", str(tmp_path / "s")]
     command += [
         "--sampler",

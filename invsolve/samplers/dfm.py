@@ -22,8 +22,9 @@ from ..priors import Prior
 from ..priors.schedules import karras_sigmas
 from ..problem import InverseProblem
 from ..random import Randomness, draw, randn_like
-from ..shapes import X
-from .core import Progress, ddim, gives, transitions
+from ..shapes import Sigma, X
+from .core import Progress, gives, path
+from .solvers import DDIM, Solver
 
 Closing = Literal["none", "gaussian"]
 
@@ -37,6 +38,7 @@ def dfm(
     steps: int = 50,
     sigmas: Tensor | None = None,
     eta: float = 0.0,
+    solver: Solver | None = None,
     targets: int | Literal["all"] | Sequence[Bool[Tensor, "*grid"]] = 1,
     guidance: float = 1.0,
     closing: Closing = "none",
@@ -55,9 +57,11 @@ def dfm(
     Args:
         problem: of an operator whose rows are among the prior's ``family``, in its noise.
         prior: a `ForwardPrior`.
-        steps: how many for each target; 100 or more where the spread counts.
+        steps: how many for each target; with DDIM 100 or more where the spread counts.
         sigmas: the noise levels instead, in whitened units, highest first.
         eta: η of DDIM: 0 for none but the first noise.
+        solver: one of `samplers.solvers` instead of DDIM; one of second order needs few
+            steps.
         targets: how many targets of the size that was trained with, drawn from the rows
             that were not acquired; ``all`` until every row is; or the targets themselves.
             Contexts larger than those of the training are extrapolated to.
@@ -84,39 +88,51 @@ def dfm(
     if sigmas is None:
         sigmas = karras_sigmas(steps, model.sigma_min, model.sigma_max)
     real = y.real if y.is_complex() else y
-    levels = transitions(sigmas.to(real))
-    lowest, nothing = levels[-1][0], torch.zeros_like(context)
+    levels = path(sigmas.to(real))
+    solver = solver or DDIM(eta)
+    lowest, nothing = levels[-2], torch.zeros_like(context)
 
     def guessed(y: Tensor, C: Tensor) -> Tensor:
         tally.forwards += len(y)
         return model.guess(y, C)
 
-    def answer(
-        y: Tensor, C: Tensor, u: Tensor, T: Tensor, s: Tensor, at: Tensor
-    ) -> Tensor:
+    def signal(y: Tensor, C: Tensor, u: Tensor, T: Tensor, s: Tensor, at: X) -> X:
         tally.forwards += len(y)
         return model.signal(y, C, u, T, s, at)
 
+    blind = torch.zeros_like(y)
+    free = guessed(blind, nothing) if guidance != 1 else blind
+
+    def drawn(y: Tensor, C: Tensor, T: Tensor, guess: X) -> Tensor:
+        """u → y_T, as real numbers all along."""
+
+        def denoise(v: Tensor, s: Sigma) -> Tensor:
+            u = whole(v, y)
+            o = model.corrected(model.measure(signal(y, C, u, T, s, guess)), u, s)
+            if guidance != 1:
+                S0 = signal(blind, nothing, u, T, s, free)
+                o0 = model.corrected(model.measure(S0), u, s)
+                o = o0 + guidance * (o - o0)
+            return parts(o)
+
+        n = randn_like(parts(y), generator)
+        v = parts(model.measure(guess)) + levels[0] * n
+        return whole(
+            solver(denoise, v, levels, generator=generator, progress=progress), y
+        )
+
     S = guess = guessed(y, context)
-    unguided = guessed(torch.zeros_like(y), nothing) if guidance != 1 else guess
-    u = y
-    for T, s, s_next in progress([(T, *pair) for T in plan for pair in levels]):
-        if s == levels[0][0]:
-            u = model.measure(guess) + s * _noise(y, generator)
-        S = answer(y, context, u, T, s, guess)
-        o = model.corrected(model.measure(S), u, s)
-        if guidance != 1:
-            free = answer(torch.zeros_like(y), nothing, u, T, s, unguided)
-            free = model.corrected(model.measure(free), u, s)
-            o = free + guidance * (o - free)
-        u = whole(ddim(parts(u), parts(o), s, s_next, eta, generator), y)
-        if s_next == 0:
-            S = answer(y, context, u, T, lowest, guess)
-            y = family.join(y, context, family.restrict_data(u, T))
-            context = family.union(context, T)
-            guess = guessed(y, context) if T is not plan[-1] else guess
+    for k, T in enumerate(plan):
+        if k > 0:
+            guess = guessed(y, context)
+        u = drawn(y, context, T, guess)
+        if k == len(plan) - 1:
+            S = signal(y, context, u, T, lowest, guess)
+        y = family.join(y, context, family.restrict_data(u, T))
+        context = family.union(context, T)
     if closing == "gaussian":
-        S = S + model.residual(y, context, generator)
+        tally.forwards += len(y)
+        S = S + model.residual(y, context, S, generator)
     return S
 
 
@@ -127,15 +143,16 @@ def forward_prior(prior: Prior) -> tuple[ForwardPrior, Tally]:
         ValueError: it is one of images.
     """
     inner: object = prior
-    tally = Tally()
+    tally, bf16 = Tally(), False
     while inner is not None and not isinstance(inner, ForwardPrior):
         tally = inner.tally if isinstance(inner, CountedPrior) else tally
+        bf16 = bf16 or vars(inner).get("bf16", False)
         inner = vars(inner).get("inner")
     if inner is None:
         raise ValueError(
             "dfm needs a prior that was trained on measurements: see docs/dfm.md"
         )
-    return inner, tally
+    return inner.in_bf16() if bf16 else inner, tally
 
 
 def _check_noise(problem: InverseProblem, model: ForwardPrior) -> None:
@@ -149,10 +166,6 @@ def _check_noise(problem: InverseProblem, model: ForwardPrior) -> None:
             f"this prior was trained for noise of sigma {model.sigma:.4g}, the problem's "
             f"is {noise.sigma:.4g}: train for it, or add noise to the measurements"
         )
-
-
-def _noise(y: Tensor, generator: Randomness) -> Tensor:
-    return whole(randn_like(parts(y), generator), y)
 
 
 def _targets(
