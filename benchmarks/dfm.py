@@ -1,6 +1,6 @@
 """Posterior samples learnt from measurements alone: the tables of docs/dfm.md.
 
-    python benchmarks/dfm.py run --kind ct --prior runs/dfm-ct/dfm-ct-64.json --out runs/dfm
+    python benchmarks/dfm.py run --kind ct --prior runs/dfm-ct/dfm-ct-32.json --out runs/dfm
     python benchmarks/dfm.py exact
     python benchmarks/dfm.py docs
 
@@ -441,7 +441,7 @@ def main() -> None:
     data = Path(os.environ.get("INVSOLVE_DATA", "."))
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--kind", choices=["ct", "mr"], default="ct")
-    parser.add_argument("--prior", type=str, default="dfm-ct-64")
+    parser.add_argument("--prior", type=str, default="dfm-ct-32")
     parser.add_argument("--out", type=Path, default=Path("runs/dfm"))
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -49,6 +49,7 @@ from invsolve.training_dfm import (
 )
 from invsolve.training_loop import Batch, Optimisation, Plan, Task, fit
 
+CONFIGS = {"ct": "dfm-ct-32.toml", "mr": "dfm-mr-64.toml"}
 NAMES = ("ssdu", "ei", "ambient", "supervised")
 SIGMAS = (0.01, 20.0)
 """The oracle's noise levels, over what its first guess lacks (`Oracle.spread`)."""
@@ -71,9 +72,7 @@ class Setting:
 
 def setting(kind: str, data: Path) -> Setting:
     """Of ``ct`` or ``mr``."""
-    config = DFMConfig.read(
-        Path(__file__).parents[1] / "configs" / f"dfm-{kind}-64.toml"
-    )
+    config = DFMConfig.read(Path(__file__).parents[1] / "configs" / CONFIGS[kind])
     exams, val = (
         load_exams(data / "exams" / f"{kind}-{p}.npz") for p in ("train", "val")
     )

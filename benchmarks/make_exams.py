@@ -2,10 +2,10 @@
 
     python benchmarks/make_exams.py --out $INVSOLVE_DATA/exams
 
-CT: slices of OpenKBP's training patients (real CT) that fit into 64² of its pixels, 16
-random views of 48 each, measured on a grid three times finer. Brain MR: slices of
-simulated heads (benchmarks/make_mr_population.py) at 64², 16 random columns of k-space
-each, the middle four among them. An image is measured once, and is not written.
+CT: slices of OpenKBP's training patients (real CT) that fit into 64² of its pixels, as
+means of 2×2, 16 random views of 48 each, measured on a grid three times finer. Brain MR:
+slices of simulated heads (benchmarks/make_mr_population.py) at 64², 16 random columns of
+k-space each, the middle four among them. An image is measured once, and is not written.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from invsolve.training_dfm import Split
 from invsolve.units import hu_to_mu
 
 SIDE, ROWS = 64, 16
-PIXEL_MM = 3.906
+CT_SIDE, PIXEL_MM = 32, 7.812
 VIEWS, CT_SIGMA = 48, 0.03
 CENTRE, MR_SIGMA = 4, 0.01
 HELD_OUT = 64
@@ -38,7 +38,7 @@ HELD_OUT = 64
 
 def families() -> dict[str, Parametric]:
     """All that can be measured."""
-    beam = ParallelBeam((SIDE, SIDE), even_angles(VIEWS), PIXEL_MM)
+    beam = ParallelBeam((CT_SIDE, CT_SIDE), even_angles(VIEWS), PIXEL_MM)
     return {
         "ct": Parametric.views(beam),
         "mr": Parametric.lines((SIDE, SIDE), real=True),
@@ -46,8 +46,9 @@ def families() -> dict[str, Parametric]:
 
 
 def ct_slices(files: list[Path]) -> Tensor:
-    """In 1/mm, (n, 1, 64, 64): slices whose body fits, around its middle."""
-    return torch.cat([window for path in files for window in _windows(path)])
+    """In 1/mm, (n, 1, 32, 32): slices whose body fits, around its middle."""
+    windows = torch.cat([window for path in files for window in _windows(path)])
+    return avg_pool2d(windows, SIDE // CT_SIDE)
 
 
 def _windows(path: Path) -> Iterator[Tensor]:

@@ -276,15 +276,16 @@ class NetworkForwardPrior(ForwardPrior):
         )
         self.target_rows, self.context_rows = target_rows, context_rows
         self.sigma_min, self.sigma_max = 0.01, 20.0
-        self.ridge = RIDGE * self._energy()
+        metrics = (self.W**-2, torch.ones_like(self.W))
+        self.ridges = [RIDGE * self._energy(metric) for metric in metrics]
 
-    def _energy(self) -> float:
-        """‖WA‖²."""
+    def _energy(self, metric: Tensor) -> float:
+        """The largest eigenvalue of AᴴW metric W A."""
         like = torch.zeros(1, *self.family.image).to(self.whitening)
         start = randn_like(like, torch.Generator().manual_seed(0))
 
         def normal(x: Tensor) -> Tensor:
-            return self.adjoint(self.measure(x))
+            return self.adjoint(metric * self.measure(x))
 
         return float(largest_eigenvalue(normal, start, max_steps=30, rtol=1e-2))
 
@@ -312,7 +313,7 @@ class NetworkForwardPrior(ForwardPrior):
     ) -> Tensor:
         """Ŝ from S_det and the noisy target."""
         into = (1 + s**2).rsqrt()
-        x = self.back(per_item(into, u) * (u - self.measure(guess)), target)
+        x = self.back_whitened(per_item(into, u) * (u - self.measure(guess)), target)
         inputs = [guess, x, *self.coverages(context, target, x)]
         level = (s.log() / 4).expand(len(x)).to(x)
         change, log_mu = self.head(torch.cat(inputs, 1), level)
@@ -337,11 +338,17 @@ class NetworkForwardPrior(ForwardPrior):
         )
 
     def back(self, v: Tensor, rows: Rows) -> Tensor:
-        """The measurements of some rows as an image: least squares with a ridge."""
-        weight = self.family.spread(rows).to(v.real.dtype)
+        """Measurements of some rows as an image: least squares, in their own unit."""
+        return self._least_squares(v, rows, self.W**-2, self.ridges[0])
+
+    def back_whitened(self, v: Tensor, rows: Rows) -> Tensor:
+        """The same of whitened numbers that are alike in size, such as noise."""
+        return self._least_squares(v, rows, torch.ones_like(self.W), self.ridges[1])
+
+    def _least_squares(self, v: Tensor, rows: Rows, metric: Tensor, ridge: float) -> X:
+        weight = self.family.spread(rows) * metric
         nothing = torch.zeros_like(self.adjoint(v))
-        ridge = torch.tensor(self.ridge).to(nothing)
-        return self.fused(nothing, v, weight, ridge)
+        return self.fused(nothing, v, weight, torch.tensor(ridge).to(nothing))
 
     def in_bf16(self) -> "NetworkForwardPrior":
         faster = copy.copy(self)
@@ -371,7 +378,7 @@ class NetworkForwardPrior(ForwardPrior):
 
 
 RIDGE = 1e-3
-"""Of `NetworkForwardPrior.back`, over ‖WA‖²."""
+"""Of least squares, over the largest eigenvalue."""
 
 
 @final
