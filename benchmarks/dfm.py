@@ -123,7 +123,7 @@ def methods(
     def classical(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
         y = test.problem.y
         if kind == "mr":
-            return families()[kind].full.adjoint(y)[None], 0
+            return families()[kind].linear.adjoint(y)[None], 0
         seen = test.rows[0]
         full = families()[kind].full
         assert isinstance(full, ParallelBeam)

@@ -55,12 +55,15 @@ SIGMAS = (0.01, 20.0)
 """The oracle's noise levels, over what its first guess lacks (`Oracle.spread`)."""
 
 
+Make = Callable[[Any], NetworkForwardPrior]
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
     """A kind's exams, and the prior of its configuration with whatever head."""
 
     config: DFMConfig
-    make: Callable[[Any], NetworkForwardPrior]
+    make: Make
     exams: Any
     val: Any
 
@@ -76,7 +79,9 @@ def setting(kind: str, data: Path) -> Setting:
     exams, val = (
         load_exams(data / "exams" / f"{kind}-{p}.npz") for p in ("train", "val")
     )
-    return Setting(config, maker(exams, config, torch.device("cpu")), exams, val)
+    return Setting(
+        config, cast(Make, maker(exams, config, torch.device("cpu"))), exams, val
+    )
 
 
 # --- the mean alone
@@ -92,17 +97,13 @@ def split_of(prior: NetworkForwardPrior, rows: Batch) -> Tensor:
     return dfm_losses(prior, weights=weights, **{k: rows[k] for k in DFM})["guess"]
 
 
-def split_loss(
-    make: Callable[[Any], NetworkForwardPrior], net: Any, **rows: Tensor
-) -> Tensor:
+def split_loss(make: Make, net: Any, **rows: Tensor) -> Tensor:
     """What the guess says of rows that it did not see."""
     prior = make(net)
     return split_of(prior, whitened(prior, rows))
 
 
-def ei_loss(
-    make: Callable[[Any], NetworkForwardPrior], net: Any, **rows: Tensor
-) -> Tensor:
+def ei_loss(make: Make, net: Any, **rows: Tensor) -> Tensor:
     """Splitting, and E‖T x̂ − R(A T x̂ + n)‖² over the variance of what a guess lacks.
 
     T turns by quarters and shifts: images like these are as likely.
@@ -169,9 +170,7 @@ def ambient_mean(
     return x / (1 + per_item(s.expand(len(x)).to(x), x) ** 2) + change
 
 
-def ambient_loss(
-    make: Callable[[Any], NetworkForwardPrior], net: Any, **rows: Tensor
-) -> Tensor:
+def ambient_loss(make: Make, net: Any, **rows: Tensor) -> Tensor:
     """⟨|A_N D − y_N|²⟩ over rows of which the network was not told."""
     model = make(net)
     rows = whitened(model, rows)
@@ -226,9 +225,7 @@ class Oracle:
         return x
 
 
-def oracle_loss(
-    make: Callable[[Any], NetworkForwardPrior], spread: float, net: Any, **rows: Tensor
-) -> Tensor:
+def oracle_loss(make: Make, spread: float, net: Any, **rows: Tensor) -> Tensor:
     """⟨|x̂ − x|²⟩ of the guess and of the denoiser, over the spread's square."""
     model = make(net)
     x, s = rows["image"], rows["s"]

@@ -17,13 +17,14 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .linalg import cg, largest_eigenvalue
+from .operators import LinearOperator
 from .operators.parametric import Parametric, Rows
 from .priors import AffineMap, Prior, UNet, UNetConfig
 from .priors.families import Family, register
@@ -127,12 +128,12 @@ class ForwardPrior(Prior):
         return self.W * self.family.turned(y)
 
     def measure(self, x: Tensor) -> Tensor:
-        """W A x."""
-        return self.gain * self.whitened(self.family.full.apply(x))
+        """W A(gain x), turned."""
+        return self.whitened(self.family.full.apply(self.gain * x))
 
     def adjoint(self, v: Tensor) -> Tensor:
         """The adjoint of ``measure``."""
-        return self.gain * self.family.full.adjoint(self.family.unturned(self.W * v))
+        return self.gain * self.family.linear.adjoint(self.family.unturned(self.W * v))
 
     def variance(self) -> Tensor:
         """(σ_y W)², of every measurement."""
@@ -351,11 +352,7 @@ class NetworkForwardPrior(ForwardPrior):
         return self.fused(nothing, v, weight, torch.tensor(ridge).to(nothing))
 
     def in_bf16(self) -> "NetworkForwardPrior":
-        faster = copy.copy(self)
-        if isinstance(self.head, UNetHead):
-            faster.head = copy.copy(self.head)
-            faster.head.bf16 = True
-        return faster
+        return _in_bf16(self)
 
     def residual(
         self, y: Tensor, rows: Rows, mean: Tensor, generator: Randomness
@@ -375,6 +372,94 @@ class NetworkForwardPrior(ForwardPrior):
     def coverages(self, context: Rows, target: Rows, x: Tensor) -> list[Tensor]:
         seen = (self.family.coverage(context), self.family.coverage(target))
         return [c.to(x).expand(len(x), *c.shape[1:]) for c in seen]
+
+
+@final
+class RenderedForwardPrior(ForwardPrior):
+    """Ŝ by a network alone, which is shown measurements as pictures: as published.
+
+    For nonlinear operators whose measurements lie on the signal's own pixels, (1, rows,
+    h, w). It knows no closing draw.
+
+    Args:
+        family: the operators.
+        head: the network; of c channels of the signal and 4 pictures a row.
+        sigma, whitening, gain, target_rows, context_rows: as `NetworkForwardPrior`'s.
+    """
+
+    def __init__(
+        self,
+        family: Parametric,
+        head: Head,
+        *,
+        sigma: float,
+        whitening: Float[Tensor, "*measured"],
+        gain: float = 1.0,
+        target_rows: int = 1,
+        context_rows: int = 1,
+    ) -> None:
+        self.family, self.head, self.sigma = family, head, sigma
+        self.whitening, self.gain = whitening, gain
+        self.target_rows, self.context_rows = target_rows, context_rows
+        self.sigma_min, self.sigma_max = 0.01, 20.0
+
+    def guess(self, y: Tensor, context: Rows) -> Tensor:
+        nothing = y.new_zeros(len(y), *self.family.image)
+        unseen, level = torch.zeros_like(context), y.new_ones(len(y))
+        return self._corrected(nothing, y, context, torch.zeros_like(y), unseen, level)
+
+    def signal(
+        self,
+        y: Tensor,
+        context: Rows,
+        u: Tensor,
+        target: Rows,
+        s: Sigma,
+        guess: Tensor,
+    ) -> Tensor:
+        into = per_item((1 + s**2).rsqrt(), u)
+        rest = into * (u - self.measure(guess))
+        return self._corrected(guess, y, context, rest, target, s.expand(len(y)).to(y))
+
+    def _corrected(
+        self, S: Tensor, y: Tensor, C: Rows, rest: Tensor, T: Rows, s: Tensor
+    ) -> Tensor:
+        shown = [torch.where(self.family.spread(C), y, 0), self._mask(C, y)]
+        shown += [torch.where(self.family.spread(T), rest, 0), self._mask(T, y)]
+        pictures = torch.cat([v[:, 0] for v in shown], 1)
+        return S + self.head(torch.cat([S, pictures], 1), s.log() / 4)[0]
+
+    def _mask(self, rows: Rows, y: Tensor) -> Tensor:
+        return self.family.spread(rows).to(y).expand(y.shape)
+
+    def in_bf16(self) -> "RenderedForwardPrior":
+        return _in_bf16(self)
+
+    def residual(
+        self, y: Tensor, rows: Rows, mean: Tensor, generator: Randomness
+    ) -> Tensor:
+        raise ValueError("a nonlinear operator's prior knows no closing draw: use none")
+
+
+P = TypeVar("P", "NetworkForwardPrior", RenderedForwardPrior)
+
+
+def _in_bf16(prior: P) -> P:
+    faster = copy.copy(prior)
+    if isinstance(prior.head, UNetHead):
+        faster.head = copy.copy(prior.head)
+        faster.head.bf16 = True
+    return faster
+
+
+LearntPrior = NetworkForwardPrior | RenderedForwardPrior
+
+
+def learnt(family: Parametric, head: Head, **more: Any) -> LearntPrior:
+    """A network's prior of this family: fused with its data where they are linear."""
+    linear = isinstance(family.full, LinearOperator)
+    make = NetworkForwardPrior if linear else RenderedForwardPrior
+    return make(family, head, **more)
 
 
 RIDGE = 1e-3
@@ -412,7 +497,7 @@ WORD = "rows."
 
 
 def stored(
-    prior: NetworkForwardPrior, network: UNetConfig
+    prior: LearntPrior, network: UNetConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and card, of which `load_state` makes the prior again."""
     assert isinstance(prior.head, UNetHead)
@@ -433,7 +518,7 @@ def stored(
     return {k: v.contiguous() for k, v in state.items()}, card
 
 
-def load_state(state: State, card: Card) -> NetworkForwardPrior:
+def load_state(state: State, card: Card) -> LearntPrior:
     """The prior of a card and its weights.
 
     Raises:
@@ -450,7 +535,7 @@ def load_state(state: State, card: Card) -> NetworkForwardPrior:
         family = Parametric.from_words({**card["rows"], **words})
         head = filled(lambda: UNetHead(network), weights)
         assert isinstance(head, UNetHead)
-        prior = NetworkForwardPrior(
+        prior = learnt(
             family,
             head,
             sigma=float(card["sigma"]),

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from .operators import LinearOperator
 from .operators.parametric import Parametric, Rows
 
 DENSE = 2048
@@ -90,7 +91,7 @@ def identifiability(
         frequency = torch.where(kept.flatten() & acquired, 1.0, frequency)
     null = None
     pixels = math.prod(family.image)
-    if pixels <= DENSE:
+    if pixels <= DENSE and isinstance(family.full, LinearOperator):
         basis = torch.eye(pixels, device=rows.device).reshape(-1, *family.image)
         weight = family.spread(frequency.reshape(1, *family.grid)).float()
         G = family.full.adjoint(weight * family.full.apply(basis)).flatten(1).double()

@@ -21,13 +21,16 @@ from invsolve import io
 from invsolve.exams import Exams, load_exams
 from invsolve.forward_prior import (
     ForwardPrior,
+    LearntPrior,
     NetworkForwardPrior,
     UNetHead,
+    learnt,
     parts,
     stored,
     whole,
 )
 from invsolve.identifiability import identifiability
+from invsolve.operators import LinearOperator
 from invsolve.operators.parametric import Parametric, Rows
 from invsolve.priors import UNetConfig
 from invsolve.priors.weights import sha256
@@ -91,6 +94,8 @@ class Weights(Section):
     guess: float = Field(default=1.0, ge=0)
     target: float = Field(default=1.0, ge=0)
     novel: float = Field(default=1.0, ge=0)
+    smooth: float = Field(default=0.0, ge=0)
+    """Of ⟨|∇Ŝ|²⟩, for signals that rows leave open where pictures are flat."""
 
 
 class DFMConfig(ConfigFile):
@@ -198,7 +203,7 @@ def train_dfm(
             out / f"{config.name}.json", lambda p: Path(p).write_text(text, "utf-8")
         )
 
-    names = [k for k in ("guess", "target", "novel") if vars(config.weights)[k]]
+    names = [k for k, weight in config.weights if weight]
     fit(
         Task(
             lambda: UNetHead(network, bf16=opt.bf16),
@@ -226,11 +231,16 @@ def train_dfm(
 def network_of(family: Parametric, more: dict[str, Any]) -> UNetConfig:
     """The U-Net for these images: shown the data as an image, and what C and T see.
 
+    Of nonlinear operators, the data of each row and whether it is in C and in T.
+
     Raises:
         ValueError: it does not divide the images' sides.
     """
     channels, *sides = family.image
-    of_images = {"channels": channels, "condition": channels + 2}
+    shown = channels + 2
+    if not isinstance(family.full, LinearOperator):
+        shown = 4 * family.measured[0]
+    of_images = {"channels": channels, "condition": shown}
     network = UNetConfig.from_dict({**UNetConfig().to_dict(), **more, **of_images})
     if any(side % network.multiple_of for side in sides):
         raise ValueError(
@@ -267,15 +277,16 @@ def check(train: Exams, val: Exams, split: Split) -> None:
 
 def maker(
     exams: Exams, config: DFMConfig, device: torch.device
-) -> Callable[[Any], NetworkForwardPrior]:
+) -> Callable[[Any], LearntPrior]:
     """Head ↦ prior, its whitening told by what the context leaves of other rows.
 
-    W is 1/√E|y_T − A_T x|², x the least squares of y_C: pooled where rows are alike.
+    W is 1/√E|y_T − A_T x|², pooled where measurements are alike; x is the least squares
+    of y_C, or 0 where A is not linear.
     """
     family, split = exams.family.to(device), config.split
 
-    def prior(head: Any, whitening: Tensor) -> NetworkForwardPrior:
-        return NetworkForwardPrior(
+    def prior(head: Any, whitening: Tensor) -> LearntPrior:
+        return learnt(
             family,
             head,
             sigma=exams.sigma,
@@ -288,12 +299,14 @@ def maker(
     plain = prior(unchanged, torch.ones(family.measured, device=device))
     rows = divided(exams, range(min(FIRST, len(exams))), config, Generator())
     rows = {k: v.to(device) for k, v in rows.items()}
-    x = plain.back(plain.whitened(rows["x"]), rows["context"])
+    x = rows["x"].real.new_zeros(len(rows["x"]), *family.image)
+    if isinstance(plain, NetworkForwardPrior):
+        x = plain.back(plain.whitened(rows["x"]), rows["context"])
     told = rows["target"] | rows["novel"]
-    W = family.whitening(rows["x"] - config.scale * family.full.apply(x), told)
+    W = family.whitening(rows["x"] - family.full.apply(config.scale * x), told)
     first = prior(unchanged, W)
 
-    def make(head: Any) -> NetworkForwardPrior:
+    def make(head: Any) -> LearntPrior:
         made = copy.copy(first)
         made.head = head
         return made
@@ -303,7 +316,7 @@ def maker(
 
 def unchanged(x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     """The head before there is a network: it corrects nothing."""
-    return torch.zeros_like(x[:, : (x.shape[1] - 2) // 2]), torch.zeros_like(level)
+    return torch.zeros_like(x[:, :1]), torch.zeros_like(level)
 
 
 def divided(exams: Exams, index: Any, config: DFMConfig, generator: Generator) -> Batch:
@@ -355,6 +368,7 @@ def dfm_losses(
         target  ⟨(1 + s²)/s² |E[y_T | u] − y_T|²⟩   (the data's own noise corrected for)
         novel   ⟨|A_N Ŝ − y_N|²⟩
         guess   ⟨|A S_det − y|²⟩ over T and N
+        smooth  ⟨|∇Ŝ|²⟩
 
     The target's is of whitened measurements; the others weigh frequencies as an image's
     mean square does (`Parametric.density`): E[S | ·] is where any such weights put the
@@ -393,6 +407,10 @@ def dfm_losses(
         error = prior.corrected(o, u, s) - y
         losses["target"] = _mean_square(per_item(weight, y) * error, T, flat)
         losses["novel"] = _mean_square(o - y, N, density)
+        guess = S
+    if weights.smooth:
+        steps = [guess.diff(dim=d) for d in range(2, guess.ndim)]
+        losses["smooth"] = torch.stack([d.square().mean() for d in steps]).sum()
     return {k: v for k, v in losses.items() if vars(weights)[k]}
 
 

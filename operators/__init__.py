@@ -74,3 +74,4 @@ from .resample import (
 from .sensing import CompressedSensing as CompressedSensing
 from .stack import OnChannels as OnChannels, Stack as Stack, on_channels as on_channels
 from .volume import SliceWise as SliceWise
+from .warp import Warp as Warp

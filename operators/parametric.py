@@ -17,10 +17,11 @@ from torch import Generator, Tensor
 from invsolve.random import randn_like
 from invsolve.shapes import Y
 
-from .base import Compose, Identity, LinearOperator, tensors
+from .base import Identity, LinearOperator, Operator, tensors
 from .ct import ParallelBeam
 from .masking import Mask
 from .mri import Coils, ComplexChannels, Fourier, RealImage
+from .warp import Warp
 
 Rows = Bool[Tensor, "_ *grid"]
 """What each exam acquired, of all that can be; one exam's may hold for a whole batch."""
@@ -31,11 +32,10 @@ PROBED = 256
 
 
 class Acquired(NamedTuple):
-    """Measurements as a family has them: c A_φ x + noise, with zeros elsewhere."""
+    """Measurements as a family has them: A_φ x + noise, with zeros elsewhere."""
 
     rows: Rows
     y: Y
-    c: float
 
 
 @final
@@ -58,7 +58,7 @@ class Parametric:
     tensor([[[[1., 0., 1.]]]])
     """
 
-    full: LinearOperator
+    full: Operator
     image: tuple[int, ...]
     measured: tuple[int, ...]
     axes: tuple[int, ...]
@@ -109,6 +109,13 @@ class Parametric:
         return cls(beam, (1, *beam.shape), beam.measurement_shape, (-2,), words)
 
     @classmethod
+    def warps(cls, pictures: Float[Tensor, "pictures h w"]) -> "Parametric":
+        """Registration: the signal is a field of displacements, and a row is a picture."""
+        words = {"rows": "warps", "pictures": pictures}
+        shape = tuple(pictures.shape)
+        return cls(Warp(pictures), (2, *shape[1:]), shape, (-3,), words)
+
+    @classmethod
     def from_words(cls, words: Mapping[str, Any]) -> "Parametric":
         """The family that ``words`` tells of: ``rows``, and what its maker is given.
 
@@ -120,6 +127,8 @@ class Parametric:
         try:
             if kind == "pixels":
                 return cls.pixels(tuple(told.pop("image")))
+            if kind == "warps":
+                return cls.warps(told.pop("pictures"))
             shape = tuple(told.pop("shape"))
             if kind == "lines":
                 return cls.lines(shape, told.pop("maps", None), **told)
@@ -127,14 +136,21 @@ class Parametric:
                 return cls.views(ParallelBeam(shape, **told))
         except (KeyError, TypeError) as error:
             raise ValueError(f"a family of operators lacks {error}") from error
-        raise ValueError(f"unknown rows {kind!r}: pixels, lines or views")
+        raise ValueError(f"unknown rows {kind!r}: pixels, lines, views or warps")
 
     @property
     def grid(self) -> tuple[int, ...]:
         """The shape of φ."""
         return tuple(self.measured[axis] for axis in self.axes)
 
-    def __call__(self, rows: Rows) -> Compose:
+    @property
+    def linear(self) -> LinearOperator:
+        """A, if it is linear; else a ValueError."""
+        if not isinstance(self.full, LinearOperator):
+            raise ValueError(f"{type(self.full).__name__} is not linear")
+        return self.full
+
+    def __call__(self, rows: Rows) -> Operator:
         """A_φ, of one φ for each item of the batch, or of one for all."""
         self.check(rows)
         return Mask(self.spread(rows)) @ self.full
@@ -301,6 +317,8 @@ class Parametric:
 
     def _alike(self) -> Int[Tensor, "*measured"]:
         kind, n = self.words.get("rows"), self.measured[-1]
+        if kind == "warps":
+            return torch.arange(self.measured[0])[:, None, None].expand(self.measured)
         at = torch.arange(n)
         if kind == "lines":
             return (at - n // 2).abs().expand(self.measured)
@@ -317,16 +335,17 @@ class Parametric:
         basis[0] /= 2**0.5
         return basis.to(self.device)
 
-    def acquired(self, A: LinearOperator, y: Y) -> "Acquired":
+    def acquired(self, A: Operator, y: Y, gain: float = 1.0) -> "Acquired":
         """What an operator's measurements are in this family; one φ for all items.
 
         Args:
-            A: c A_φ, or its rows alone (a beam of these views), in any order, whatever
-                is wrapped around it.
+            A: u ↦ A_φ(gain u), or its rows alone (a beam of these views), in any order,
+                whatever is wrapped around it.
             y: its measurements.
+            gain: an image in its own unit over u.
 
         Raises:
-            ValueError: it is of another geometry.
+            ValueError: it is of another geometry, or another unit.
         """
         real = y.real if y.is_complex() else y
         x = randn_like(real.new_zeros(1, *self.image), Generator().manual_seed(0))
@@ -335,7 +354,7 @@ class Parametric:
             "geometry; its rows must be among prior.family's"
         )
         try:
-            seen, all_ = A.apply(x), self.full.apply(x)
+            seen, all_ = A.apply(x), self.full.apply(gain * x)
         except (ValueError, RuntimeError) as error:
             raise told from error
         if seen.shape != all_.shape:
@@ -344,15 +363,21 @@ class Parametric:
                 raise told
             seen, y = (self._scattered(v, at) for v in (seen, y))
         rows = self.gather(seen) > 0
-        mask = self.spread(rows)
-        expected = torch.where(mask, all_, 0)
-        energy = self.gather(expected).sum()
-        if not energy > 0:
+        expected = torch.where(self.spread(rows), all_, 0)
+        if not rows.any():
             raise ValueError("the operator acquires no row: there is no context")
-        c = float((expected.conj() * seen).real.sum() / energy)
-        if (seen - c * expected).abs().max() > 1e-4 * abs(c) * all_.abs().max():
-            raise told
-        return Acquired(rows, self.restrict_data(y, rows), c)
+        far = (seen - expected).abs().max() / all_.abs().max()
+        if far > 1e-4:
+            c = float(
+                (expected.conj() * seen).real.sum() / expected.abs().square().sum()
+            )
+            if (seen - c * expected).abs().max() > 1e-4 * abs(c) * all_.abs().max():
+                raise told
+            raise ValueError(
+                f"the operator is {c:.4g} times the one that was trained for: call the "
+                "sampler through invsolve.solve, in the prior's unit"
+            )
+        return Acquired(rows, self.restrict_data(y, rows))
 
     def _places(self, seen: Tensor, all_: Tensor) -> Tensor | None:
         """Which row each of fewer rows is, by what they see of one image."""

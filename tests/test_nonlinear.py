@@ -46,6 +46,14 @@ def coded(kind: Any, **options: Any) -> PhaseRetrieval:
     return PhaseRetrieval.coded((H, W), 3, kind=kind, generator=g, **options)
 
 
+def smooth_pictures() -> Tensor:
+    at = torch.arange(float(max(H, W)), dtype=float64)
+    waves = [
+        torch.outer((k * at[:H] / 5).cos(), (at[:W] / 4 + k).sin()) for k in (1, 2)
+    ]
+    return torch.stack(waves)
+
+
 @dataclass(frozen=True)
 class Case:
     """An operator, and the images it takes."""
@@ -85,6 +93,7 @@ CASES = {
     "blur @ saturate": Case(blur() @ Saturate()),
     "phase retrieval @ rescale": Case(PhaseRetrieval((H, W)) @ Rescale(0.5, 0.5)),
     "rescale": Case(Rescale(-2.0, 0.3), any_shape=True),
+    "warp": Case(ops.Warp(smooth_pictures())),
 }
 
 
@@ -612,3 +621,21 @@ def test_images_of_a_network_that_keeps_their_shape() -> None:
     assert torch.equal(NetworkOperator(nn.ReLU(), (1, H, W)).guess(y), y)
     smaller = NetworkOperator(network(), (1, H, W))
     assert not smaller.guess(torch.ones(2, 2, H - 1, W - 1)).any()
+
+
+def test_a_warp_moves_pictures_and_interpolates_between_pixels() -> None:
+    pictures = smooth_pictures()
+    A = ops.Warp(pictures)
+    S = torch.zeros(1, 2, H, W, dtype=float64)
+    assert_close(A(S)[0, 0], pictures)
+    S[:, 0], S[:, 1] = 1, -2
+    moved = A(S)[0, 0]
+    assert_close(moved[:, :-1, 2:], pictures[:, 1:, :-2])
+    assert_close(
+        moved[:, -1, 2:], pictures[:, -1, :-2]
+    )  # beyond the border, as it ends
+    S[:, 0], S[:, 1] = 0.25, 0
+    between = 0.75 * pictures[:, :-1] + 0.25 * pictures[:, 1:]
+    assert_close(A(S)[0, 0, :, :-1], between)
+    with pytest.raises(ValueError, match="pictures must be finite"):
+        ops.Warp(pictures * math.nan)

@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor
 
 from invsolve import operators as ops
+from invsolve.operators.base import Rescale
 from invsolve.operators.parametric import Parametric
 
 H, W = 6, 8
@@ -45,6 +46,7 @@ def test_the_adjoint_is_exact_with_another_phi_for_each_item(
 ) -> None:
     x = images(family).double()
     A = family(some(family))
+    assert isinstance(A, ops.LinearOperator)
     y = A.apply(x)
     v = torch.randn(y.shape, dtype=y.dtype, generator=seeded(3))
     assert ops.dottest(A, x, v) < 1e-10
@@ -151,8 +153,8 @@ def test_with_its_density_a_whole_scan_is_nearly_an_isometry() -> None:
         torch.arange(32).sub(15.5).square() < 120
     )
     y = family.turned(family.full.apply(x))
-    back = family.full.adjoint(family.unturned(family.density * y))
-    flat = family.full.adjoint(family.unturned(y))
+    back = family.linear.adjoint(family.unturned(family.density * y))
+    flat = family.linear.adjoint(family.unturned(y))
 
     def likeness(a: Tensor) -> float:
         return float((a * x).sum() / a.norm() / x.norm())
@@ -164,10 +166,13 @@ def test_with_its_density_a_whole_scan_is_nearly_an_isometry() -> None:
 def test_what_was_acquired_is_read_off_the_operator(family: Parametric) -> None:
     rows = some(family, 1)
     y = family(rows).apply(images(family))
-    found, same, c = family.acquired(2.5 * family(rows), y)
+    A = family(rows)
+    assert isinstance(A, ops.LinearOperator)
+    found, same = family.acquired(2.5 * A, y, 2.5)
     assert (found == rows).all()
     torch.testing.assert_close(same, y)
-    assert c == pytest.approx(2.5)
+    with pytest.raises(ValueError, match=r"is 2\.5 times the one"):
+        family.acquired(2.5 * A, y)
 
 
 def test_a_beam_of_some_views_is_found_in_whatever_order() -> None:
@@ -175,9 +180,8 @@ def test_a_beam_of_some_views_is_found_in_whatever_order() -> None:
     assert isinstance(family.full, ops.ParallelBeam)
     fewer = ops.ParallelBeam((H, W), family.full.angles[[4, 1, 2]])
     x = images(family)
-    rows, y, c = family.acquired(2.5 * fewer, fewer(x))
+    rows, y = family.acquired(2.5 * fewer, fewer(x), 2.5)
     assert rows.tolist() == [[False, True, True, False, True, False, False]]
-    assert c == pytest.approx(2.5)
     torch.testing.assert_close(y, family(rows).apply(x))
     twice = ops.ParallelBeam((H, W), family.full.angles[[4, 4]])
     with pytest.raises(ValueError, match="another geometry"):
@@ -191,6 +195,21 @@ def test_words_make_the_family_again(family: Parametric) -> None:
     torch.testing.assert_close(again.full.apply(x), family.full.apply(x))
 
 
+def test_pictures_of_a_warp_are_its_rows() -> None:
+    pictures = torch.rand(3, H, W, generator=seeded(1))
+    family = Parametric.warps(pictures)
+    S = torch.randn(2, 2, H, W, generator=seeded(2))
+    rows = torch.tensor([[True, False, True]])
+    y = family(rows).apply(0.5 * S)
+    assert (y[:, :, 1] == 0).all()
+    torch.testing.assert_close(y[:, :, [0, 2]], ops.Warp(pictures[[0, 2]])(0.5 * S))
+    found, same = family.acquired(family(rows) @ Rescale(0.5, 0.0), y, 0.5)
+    assert (found == rows).all()
+    torch.testing.assert_close(same, y)
+    with pytest.raises(ValueError, match="not linear"):
+        _ = family.linear
+
+
 def test_real_images_have_one_channel() -> None:
     family = Parametric.lines((H, W), real=True)
     x, v = torch.randn(2, 1, H, W), torch.randn(2, 1, H, W, dtype=torch.complex64)
@@ -198,9 +217,9 @@ def test_real_images_have_one_channel() -> None:
     torch.testing.assert_close(
         family.full.apply(x), Parametric.lines((H, W)).full.apply(both)
     )
-    assert (
-        ops.dottest(family(some(family, 2)), x.double(), v.to(torch.complex128)) < 1e-10
-    )
+    A = family(some(family, 2))
+    assert isinstance(A, ops.LinearOperator)
+    assert ops.dottest(A, x.double(), v.to(torch.complex128)) < 1e-10
 
 
 def test_bad_input_is_refused() -> None:

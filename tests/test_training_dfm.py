@@ -15,6 +15,7 @@ from invsolve.cli import main
 from invsolve.exams import Exams, acquire, load_exams, save_exams
 from invsolve.forward_prior import (
     GaussianForwardPrior,
+    LearntPrior,
     NetworkForwardPrior,
     UNetHead,
 )
@@ -159,18 +160,20 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("kind", ["views", "lines", "coils"])
+@pytest.mark.parametrize("kind", ["views", "lines", "coils", "warps"])
 def test_trained_saved_loaded_and_solved(kind: str, tmp_path: Path) -> None:
     maps = torch.randn(2, 8, 8, dtype=torch.complex64, generator=seeded(5))
     family = {
         "views": beams(),
         "lines": Parametric.lines((8, 8), real=True),
         "coils": Parametric.lines((8, 8), maps),
+        "warps": Parametric.warps(torch.rand(9, 8, 8, generator=seeded(5))),
     }[kind]
     exams_in(tmp_path, family, 7)
-    card = train_dfm(config(tmp_path, **SMALL), tmp_path / "out", seed=0)
+    weights = {"weights": {"smooth": 0.1}} if kind == "warps" else {}
+    card = train_dfm(config(tmp_path, **SMALL, **weights), tmp_path / "out", seed=0)
     prior = iv.priors.load(card)
-    assert isinstance(prior, NetworkForwardPrior)
+    assert isinstance(prior, LearntPrior)
     assert prior.info.family == "dfm"
     rows = torch.zeros(1, *family.grid, dtype=torch.bool)
     rows[:, ::3] = True
@@ -180,9 +183,13 @@ def test_trained_saved_loaded_and_solved(kind: str, tmp_path: Path) -> None:
     y = family.restrict_data(y, rows)
     problem = iv.InverseProblem(y, family(rows), noise)
     how: dict[str, Any] = {"samples": 2, "steps": 3, "closing": "gaussian"}
+    if kind == "warps":
+        with pytest.raises(ValueError, match="no closing draw"):
+            iv.solve(problem, prior, iv.samplers.dfm, generator=seeded(), **how)
+        how["closing"] = "none"
     got = iv.solve(problem, prior, iv.samplers.dfm, generator=seeded(), **how)
     assert got.samples.shape == (2, *x.shape)
-    assert got.stats.network_forwards == 4 * (1 + 3 + 1 + 1)
+    assert got.stats.network_forwards == 4 * (5 + (kind != "warps"))
     if kind == "views":
         assert isinstance(family.full, ops.ParallelBeam)
         beam = ops.ParallelBeam((8, 8), family.full.angles[rows[0]])

@@ -71,17 +71,12 @@ def dfm(
         progress: wraps the loop over levels, as ``tqdm`` does.
 
     Raises:
-        ValueError: the prior is of another kind, or was trained for another geometry or
-            another noise.
+        ValueError: the prior is of another kind, was trained for another geometry or
+            another noise, or knows no closing draw.
     """
     model, tally = forward_prior(prior)
     family, y = model.family, problem.y
-    context, y, c = family.acquired(problem.linear, y)
-    if not math.isclose(c, model.gain, rel_tol=1e-3):
-        raise ValueError(
-            f"the operator is {c / model.gain:.4g} times the one that was trained for: "
-            "call the sampler through invsolve.solve, in the prior's unit"
-        )
+    context, y = family.acquired(problem.operator, y, model.gain)
     _check_noise(problem, model)
     y = model.whitened(y)
     plan = _targets(targets, family, context, model.target_rows, y, generator)
