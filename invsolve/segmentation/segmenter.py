@@ -200,7 +200,7 @@ def segment(
 
     Args:
         scans: those of `Segmenter.scans`, in order: of ``petct-headneck`` a CT in HU and
-            a PET in SUV, of ``brain-tissues`` an MR.
+            a PET in SUV, of one of brain tissues an MR.
         model: a segmenter, or the name or path of one.
         samples: how many draws.
         steps: of DDIM, at least 10.
