@@ -30,12 +30,13 @@ from invsolve import io
 from invsolve.likelihood import bits_per_dimension, log_likelihood
 from invsolve.priors.weights import read_card
 from invsolve.report_card import LEVELS, denoising, power_spectrum, wiener
-from invsolve.samplers import mmps, unconditional
+from invsolve.samplers import mmps, tv, unconditional
 from invsolve.training import TrainConfig
 from invsolve.training_data import load
 
 HOME = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "parity.json"
+QUALITY = RESULTS.parent / "quality"
 CONFIG = HOME / "configs" / "natural-64-x0.toml"
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 
@@ -105,6 +106,21 @@ def posterior(
     }
 
 
+def variation(key: str, data: Path, images: int) -> float:
+    """PSNR in dB of total variation as `quality.py` tuned it, on the same photographs."""
+    task = TASKS[key]
+    truth = task.images(data, "test", images // 2)
+    tuned = read(QUALITY / f"{key}.json")["settings"]["TV"]["options"]
+    solution = iv.solve(
+        task.problem(truth, Generator().manual_seed(0)),
+        None,
+        tv,
+        generator=Generator(),
+        **tuned,
+    )
+    return float(psnr_of(solution.samples[0], truth, task.data_range, None).mean())
+
+
 def table(results: Mapping[str, Any]) -> str:
     """Denoising beside a filter; then what is drawn, unasked and of measurements."""
     found = {
@@ -130,6 +146,8 @@ def table(results: Mapping[str, Any]) -> str:
         f"{titles} |",
         "| --- " * (4 + len(POSTERIOR)) + "|",
     ]
+    beside = " | ".join(f"{results['tv'][key]:.2f}" for key in POSTERIOR)
+    lines.append(f"| total variation | | | | {beside} |")
     for name, row in found.items():
         card, _ = read_card(name)
         widths = ", ".join(map(str, card["network"]["widths"]))
@@ -176,6 +194,8 @@ def main() -> None:
     found = read(args.out)
     if found.get("images") != args.images:
         found = {"images": args.images, "priors": {}}
+    if "tv" not in found:
+        found["tv"] = {key: variation(key, args.data, args.images) for key in POSTERIOR}
     for name in args.prior:
         weights = read_card(name)[0]["sha256"]
         if found["priors"].get(name, {}).get("sha256") == weights:
