@@ -41,8 +41,14 @@ def denoised(name: str, generator: Generator) -> tuple[list[float], list[float]]
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in priors.available()])
 def test_a_small_prior_takes_noise_away(name: str, generator: Generator) -> None:
-    """At every level, and more where there is more; it says what it predicts."""
+    """At every level, and more where there is more; it says what it predicts.
+
+    What predicts the image errs by as much however little noise there is: at the least
+    level it takes away nothing.
+    """
     assert priors.load(name).info.parameterisation == name.rsplit("-", 1)[1]
     before, after = denoised(name, generator)
     gains = [b - a for a, b in zip(before, after, strict=True)]
-    assert gains[0] > 1 and gains[0] < gains[1] < gains[2]
+    assert gains[0] > 1 or name.endswith("x0")
+    assert gains[0] < gains[1] < gains[2]
+    assert gains[1] > 1
