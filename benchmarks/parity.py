@@ -168,7 +168,7 @@ def table(results: Mapping[str, Any]) -> str:
         "by the training squares' spectra. Spectrum: how far that of unconditional samples "
         "is from the training squares', the mean over frequencies. Tasks: MMPS, "
         f"{MMPS['steps']} steps, {n // 2} squares of scikit-image's photographs; a draw / "
-        f"the mean of {DRAWS}. Made by `python benchmarks/parity.py` on "
+        f"the mean of {DRAWS}. Made by `python benchmarks/parity.py --images {n}` on "
         f"{results['date']}, {results['machine']}.",
     ]
     return "\n".join(lines)
