@@ -367,8 +367,9 @@ def exact(args: argparse.Namespace) -> None:
     head = [f"| σ_y | draws | {steps} |", "|" + " --- |" * (2 + len(EXACT))]
     tail = [
         "",
-        f"Relative Frobenius errors of the covariance of {MANY} draws, seed 0. Made by "
-        "`python benchmarks/dfm.py exact`.",
+        f"Relative Frobenius errors of the covariance of {MANY} draws, seed {args.seed}; "
+        f"{datetime.now(UTC).date().isoformat()}, {machine()}. Made by `python "
+        "benchmarks/dfm.py exact`.",
     ]
     begin, end = "<!-- dfm-exact: begin -->", "<!-- dfm-exact: end -->"
     put(args.docs, "\n".join([*head, *lines, *tail]), begin, end)

@@ -269,12 +269,8 @@ class NetworkForwardPrior(ForwardPrior):
         floor: float = 0.05,
     ) -> None:
         self.family, self.head, self.sigma = family, head, sigma
-        self.whitening, self.gain, self.steps, self.floor = (
-            whitening,
-            gain,
-            steps,
-            floor,
-        )
+        self.whitening, self.gain = whitening, gain
+        self.steps, self.floor = steps, floor
         self.target_rows, self.context_rows = target_rows, context_rows
         self.sigma_min, self.sigma_max = 0.01, 20.0
         metrics = (self.W**-2, torch.ones_like(self.W))
@@ -360,12 +356,11 @@ class NetworkForwardPrior(ForwardPrior):
         """Of N(0, (AᴴwA + μ)⁻¹): as good as the network's μ is a precision."""
         none = torch.zeros_like(rows)
         weight = self.precision(rows, none, torch.ones(()))
-        x = mean
-        level = x.new_full((len(x),), math.log(self.sigma_min) / 4)
-        inputs = [x, torch.zeros_like(x), *self.coverages(rows, none, x)]
+        level = mean.new_full((len(mean),), math.log(self.sigma_min) / 4)
+        inputs = [mean, torch.zeros_like(mean), *self.coverages(rows, none, mean)]
         mu = self.head(torch.cat(inputs, 1), level)[1].exp()
         n = whole(randn_like(parts(y), generator), y)
-        prior = per_item(mu, x).rsqrt() * randn_like(x, generator)
+        prior = per_item(mu, mean).rsqrt() * randn_like(mean, generator)
         noise = torch.where(weight > 0, n / weight.clamp_min(1e-12).sqrt(), 0)
         return self.fused(prior, noise, weight, mu)
 

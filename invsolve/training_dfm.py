@@ -216,7 +216,11 @@ def train_dfm(
         Plan(opt),
         out / "checkpoint.pt",
         out / "losses.csv",
-        told={"network": network.to_dict(), "rows": config.split.model_dump()},
+        told={
+            "network": network.to_dict(),
+            "rows": config.split.model_dump(),
+            "exams": sha256(config.data.train),
+        },
         seed=seed,
         device=device,
         every=max(1, opt.images // config.checkpoints),

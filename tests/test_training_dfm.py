@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import invsolve as iv
-from invsolve import exams as module, io, operators as ops, training_dfm
+from invsolve import io, operators as ops, training_dfm
 from invsolve.cli import main
 from invsolve.exams import Exams, acquire, load_exams, save_exams
 from invsolve.forward_prior import (
@@ -207,6 +207,9 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
     cut = train_dfm(setup, tmp_path / "cut", seed=0)
     a, b = (p.with_suffix(".safetensors").read_bytes() for p in (whole, cut))
     assert a == b
+    exams_in(tmp_path, beams(), 9)
+    with pytest.raises(ValueError, match="of another network"):
+        train_dfm(setup, tmp_path / "cut", seed=0)
 
 
 def test_the_card_tells_what_was_measured(tmp_path: Path) -> None:
@@ -298,7 +301,6 @@ def test_bad_exams_are_refused_in_one_line(
     with pytest.raises(ValueError, match="NaN"):
         good = acquire(x, other, 7, 0.05, generator=seeded(2))
         Exams(other, good.rows, good.y * torch.nan, 0.05)
-    assert module.FORMAT == 1
 
 
 def test_invsolve_train_and_solve_take_it(
