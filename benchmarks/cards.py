@@ -24,6 +24,7 @@ from ct_headneck import put
 HOME = Path(__file__).parent.parent
 CARDS = HOME / "docs" / "cards"
 QUALITY = Path(__file__).parent / "results" / "quality"
+LATENT = QUALITY.parent / "latent.json"
 BEGIN, END = "<!-- cards: begin -->", "<!-- cards: end -->"
 
 
@@ -33,28 +34,27 @@ class Bundled:
 
     Attributes:
         other: the configuration whose validation images are of another kind.
-        tasks: of benchmarks/results/quality, and their titles.
-        elsewhere: the page that tells its tasks, where that is another.
+        tasks: of benchmarks/results/quality, and their titles; none for a latent prior.
+        folder: of these results, where they are not the table's own.
     """
 
     other: str
     tasks: Mapping[str, str] = field(default_factory=dict)
-    elsewhere: str = ""
+    folder: str = ""
 
 
 CT, MR = "ct-headneck-128", "mr-brain-128"
+PHOTOS = {"sr-4": "SR ×4", "deblur": "deblurring", "inpaint": "inpainting"}
 PRIORS: Mapping[str, Bundled] = {
     CT: Bundled(MR, {"ct-30": "CT, 30 views", "ct-15": "CT, 15 views"}),
     MR: Bundled(CT, {"mr-4": "MR ×4", "mr-8": "MR ×8"}),
-    "natural-64": Bundled(
-        CT, {"sr-4": "SR ×4", "deblur": "deblurring", "inpaint": "inpainting"}
-    ),
-    "natural-64-x0": Bundled(CT),
-    "natural-64-eps": Bundled(CT),
-    "natural-64-flow": Bundled(CT),
-    "latent-photos-64": Bundled(CT, elsewhere="latent.md"),
+    "natural-64": Bundled(CT, PHOTOS),
+    "natural-64-x0": Bundled(CT, PHOTOS, "natural-64-x0"),
+    "natural-64-eps": Bundled(CT, PHOTOS, "natural-64-eps"),
+    "natural-64-flow": Bundled(CT, PHOTOS, "natural-64-flow"),
+    "latent-photos-64": Bundled(CT),
 }
-CLASSICAL = ("TV", "FBP")
+CLASSICAL = ("TV", "FBP", "total variation")
 
 
 def evaluate(name: str) -> None:
@@ -85,11 +85,11 @@ def told_apart(card: Mapping[str, Any]) -> str:
 
 def tasks(name: str) -> str:
     """Of each task: the best of one draw, and of the mean of eight, over TV."""
-    if page := PRIORS[name].elsewhere:
-        return f"[{page}]({page})"
+    if not PRIORS[name].tasks:
+        return in_latents()
     told = []
     for key, title in PRIORS[name].tasks.items():
-        path = QUALITY / f"{key}.json"
+        path = QUALITY / PRIORS[name].folder / f"{key}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         text = [title]
         for part, what, words in (
@@ -97,12 +97,33 @@ def tasks(name: str) -> str:
             ("spread", "psnr_of_mean", "mean of 8"),
         ):
             rows = {m: r[what] for m, r in found.get(part, {}).items() if what in r}
-            learnt = {m: p for m, p in rows.items() if m not in CLASSICAL}
-            if "TV" in rows and learnt:
-                best = max(learnt, key=learnt.__getitem__)
-                text.append(f"{learnt[best] - rows['TV']:+.2f} ({best}, {words})")
+            text += over(rows, "TV", words)
         told.append(" ".join(text))
     return "; ".join(told) or "–"
+
+
+def over(rows: Mapping[str, float], rival: str, words: str) -> list[str]:
+    """By how much the best with a prior leads the rival; nothing if one is not there."""
+    learnt = {m: p for m, p in rows.items() if m not in CLASSICAL}
+    if rival not in rows or not learnt:
+        return []
+    best = max(learnt, key=learnt.__getitem__)
+    return [f"{learnt[best] - rows[rival]:+.2f} ({best}, {words})"]
+
+
+def in_latents() -> str:
+    """The same of `latent.py`'s results, which docs/latent.md tells in full."""
+    found = json.loads(LATENT.read_text()) if LATENT.exists() else {}
+    told = []
+    for task, rows in found.items():
+        if not isinstance(rows, dict) or task == "coded":
+            continue
+        n = found["images"]
+        means = {m: sum(r["psnr"]) / n for m, r in rows.items() if len(r["psnr"]) == n}
+        told += [
+            f"{task} {text}" for text in over(means, "total variation", "one draw")
+        ]
+    return "; ".join(["[latent.md](latent.md)", *told])
 
 
 def table() -> str:
@@ -128,7 +149,10 @@ def table() -> str:
         "prior's samples and held-out images once they are decoded. Told apart: the AUROC "
         "of images of another kind against held-out ones, by likelihood / denoising (1 is "
         "always, 0.5 by chance). Made by `python benchmarks/cards.py` of the cards "
-        "(`invsolve priors evaluate`) and of `benchmarks/quality.py`'s results.",
+        "(`invsolve priors evaluate`) and of `benchmarks/quality.py`'s and `latent.py`'s "
+        "results; for the small priors of photographs `red` and `pnp` alone were tuned, "
+        "as for the others (`quality.py tune` and `run` with `--prior natural-64-x0 "
+        "--out benchmarks/results/quality/natural-64-x0`, and so on).",
     ]
     return "\n".join(lines)
 

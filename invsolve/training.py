@@ -23,7 +23,11 @@ from torch.distributions import Normal
 
 from invsolve import io, priors
 from invsolve.priors import AffineMap, EDMPrior, Prior, UNet, UNetConfig
-from invsolve.priors.parameterisation import preconditioning
+from invsolve.priors.parameterisation import (
+    SigmaData,
+    each_channel,
+    preconditioning,
+)
 from invsolve.priors.unet import positions
 from invsolve.priors.weights import card_of, sha256
 from invsolve.random import randn_like
@@ -122,7 +126,7 @@ def train(
             **config.network,
         }
     )
-    _check_fits(images, data, network, len(classes))
+    _check_fits(images, data, network, len(classes), opt.sigma_data)
     sides = images.shape[2:]
     plan = Plan(opt, data.crop ** len(sides) / sides.numel())
 
@@ -181,12 +185,14 @@ def begun(net: UNet, config: TrainConfig) -> UNet:
     opt = config.optimisation
     prior, to_unit = priors.load(config.start).normalised
     old = vars(prior).get("net")
+    n = old.config.channels if isinstance(old, UNet) else 0
     if not (
         isinstance(prior, EDMPrior)
         and isinstance(old, UNet)
         and replace(old.config, channels=net.config.channels) == net.config
         and not net.config.positions
-        and (prior.predicts, prior.sigma_data) == (opt.predicts, opt.sigma_data)
+        and prior.predicts == opt.predicts
+        and _listed(prior.sigma_data, n) == _listed(opt.sigma_data, n)
         and to_unit == AffineMap(config.data.scale, config.data.offset)
     ):
         raise ValueError(
@@ -199,11 +205,18 @@ def begun(net: UNet, config: TrainConfig) -> UNet:
     return net
 
 
+def _listed(sigma_data: SigmaData, channels: int) -> tuple[float, ...]:
+    """Of the first so many channels."""
+    each = isinstance(sigma_data, tuple)
+    return sigma_data[:channels] if each else (sigma_data,) * channels
+
+
 def noised(x0: Tensor, opt: Optimisation, generator: Generator) -> Batch:
     """c_in x_σ, c_noise and F's target, at log-normal levels stratified over the batch."""
     sigma = per_item(log_normal(len(x0), opt, generator), x0)
     x = x0 + sigma * randn_like(x0, generator)
-    skip, scale, into, level = preconditioning(opt.predicts, sigma, opt.sigma_data)
+    data = each_channel(opt.sigma_data, x0)
+    skip, scale, into, level = preconditioning(opt.predicts, sigma, data)
     return {
         "x": into * x,
         "c_noise": level.flatten(),
@@ -272,8 +285,19 @@ def held_out(images: Tensor) -> Tensor:
     return images[chosen.long()].float()
 
 
-def _check_fits(images: Tensor, data: Data, network: UNetConfig, classes: int) -> None:
+def _check_fits(
+    images: Tensor,
+    data: Data,
+    network: UNetConfig,
+    classes: int,
+    sigma_data: SigmaData,
+) -> None:
     channels, *sides = images.shape[1:]
+    if isinstance(sigma_data, tuple) and len(sigma_data) != channels:
+        raise ValueError(
+            f"the images have {channels} channels, sigma_data {len(sigma_data)} numbers: "
+            "give optimisation.sigma_data one number, or one for each channel"
+        )
     for name, has, wanted in (
         ("channels", network.channels, channels),
         ("classes", network.classes, classes),

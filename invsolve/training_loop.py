@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -46,7 +46,8 @@ class Optimisation(Section):
     """The last part of the run, over which the learning rate falls to zero."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     predicts: Predicts = "edm"
-    sigma_data: float = Field(default=0.5, gt=0)
+    sigma_data: PositiveFloat | tuple[PositiveFloat, ...] = 0.5
+    """One for all channels, or one for each: then all of them weigh the same."""
     log_sigma_mean: float = -1.4
     log_sigma_std: float = Field(default=1.4, gt=0)
     class_dropout: float = Field(default=0.1, ge=0, le=1)

@@ -17,6 +17,8 @@ from invsolve.shapes import Sigma, X, per_item
 from .base import Prior
 
 Network = Callable[[Tensor, Tensor], Tensor]
+SigmaData = float | tuple[float, ...]
+"""σ_d, the data's standard deviation, or that of each channel."""
 
 
 Predicts = Literal["edm", "eps", "x0", "flow"]
@@ -24,11 +26,11 @@ Predicts = Literal["edm", "eps", "x0", "flow"]
 
 
 def preconditioning(
-    predicts: Predicts, sigma: Tensor, sigma_data: float
+    predicts: Predicts, sigma: Tensor, sigma_data: float | Tensor
 ) -> tuple[Tensor | float, Tensor | float, Tensor, Tensor]:
     """(c_skip, c_out, c_in, c_noise) of D = c_skip x + c_out F(c_in x, c_noise).
 
-    With σ_d the data's standard deviation:
+    With σ_d the data's standard deviation, or that of `each_channel`:
 
     - ``edm``: σ_d²/(σ² + σ_d²), σσ_d/√(σ² + σ_d²), 1/√(σ² + σ_d²), ¼ ln σ (Karras et
       al. 2022, Table 1): F is a mixture of noise and image, of unit variance;
@@ -51,13 +53,24 @@ def preconditioning(
     raise ValueError(f"predicts must be edm, eps, x0 or flow, got {predicts!r}")
 
 
+def each_channel(sigma_data: SigmaData, like: X) -> float | Tensor:
+    """σ_d, shaped to broadcast against images if it is each channel's own.
+
+    Channels that vary little, such as the labels beside an image, then weigh as much as
+    the others in the loss, whose weight is 1/c_out².
+    """
+    if not isinstance(sigma_data, tuple):
+        return sigma_data
+    return like.new_tensor(sigma_data).reshape(-1, *(1,) * (like.ndim - 2))
+
+
 @final
 class EDMPrior(Prior):
     """D(x; σ) = c_skip x + c_out F(c_in x, c_noise), Karras et al. 2022, eq. 7.
 
     Args:
         net: F: (c_in x, c_noise) ↦ image, with c_noise one number for each item.
-        sigma_data: σ_d, the data's standard deviation.
+        sigma_data: σ_d, the data's standard deviation, or that of each channel.
         sigma_min, sigma_max: the levels it was trained on.
         predicts: what F is, by which the coefficients are chosen: `preconditioning`.
         multiple_of: what an image's height and width must be divisible by.
@@ -67,7 +80,7 @@ class EDMPrior(Prior):
     def __init__(
         self,
         net: Network,
-        sigma_data: float = 0.5,
+        sigma_data: SigmaData = 0.5,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         *,
@@ -75,14 +88,19 @@ class EDMPrior(Prior):
         multiple_of: int = 1,
         channels: int | None = None,
     ) -> None:
-        preconditioning(predicts, torch.ones(()), sigma_data)  # refuses what is unknown
+        preconditioning(predicts, torch.ones(()), 1.0)  # refuses what is unknown
+        if isinstance(sigma_data, tuple) and channels not in (None, len(sigma_data)):
+            raise ValueError(
+                f"sigma_data is one number, or one for each of {channels} channels, got "
+                f"{len(sigma_data)}"
+            )
         self.net, self.sigma_data, self.predicts = net, sigma_data, predicts
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.multiple_of, self.channels = multiple_of, channels
 
     def denoise(self, x: X, sigma: Sigma) -> X:
         skip, out, into, noise = preconditioning(
-            self.predicts, per_item(sigma, x), self.sigma_data
+            self.predicts, per_item(sigma, x), each_channel(self.sigma_data, x)
         )
         return skip * x + out * self.net(into * x, noise.flatten().expand(len(x)))
 

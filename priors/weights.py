@@ -13,6 +13,7 @@ from .base import Affine, AffineMap, Prior
 from .families import REGISTERED, Family, hugging_face, monai, own
 from .families.configs import joined, read_json
 from .info import tell
+from .parameterisation import SigmaData
 from .reading import read_checkpoint
 from .unet import UNetConfig
 
@@ -32,7 +33,7 @@ def card_of(
     name: str,
     network: UNetConfig,
     *,
-    sigma_data: float,
+    sigma_data: SigmaData,
     map: AffineMap,
     unit: str,
     training: dict[str, Any],

@@ -340,10 +340,14 @@ def test_a_trained_one_gives_images_and_masks_in_their_units(
             assert close.abs().max() < 0.05 * MU_WATER
 
 
+@pytest.mark.parametrize("own", [False, True])
 def test_it_may_begin_with_a_prior_of_images(
-    config: TrainConfig, tmp_path: Path
+    config: TrainConfig, tmp_path: Path, own: bool
 ) -> None:
-    """F of the image is that prior's, whatever the labels are; F of the labels is 0."""
+    """F of the image is that prior's, whatever the labels are; F of the labels is 0.
+
+    Its σ_d is the image channel's, if each has its own.
+    """
     alone = config.model_copy(
         update={
             "data": config.data.model_copy(update={"labels": None}),
@@ -352,6 +356,9 @@ def test_it_may_begin_with_a_prior_of_images(
     )
     card = train(alone, tmp_path / "alone", seed=0)
     told = config.model_copy(update={"start": str(card)})
+    if own:
+        opt = told.optimisation.model_copy(update={"sigma_data": (0.5, 0.01, 0.01)})
+        told = told.model_copy(update={"optimisation": opt})
     wanted = UNetConfig.from_dict({**UNetConfig().to_dict(), **config.network})
     net = begun(UNet(wanted), told)
     old = vars(priors.load(card).normalised[0])["net"]
@@ -365,3 +372,6 @@ def test_it_may_begin_with_a_prior_of_images(
     other = UNet(UNetConfig.from_dict({**wanted.to_dict(), "widths": (8, 16)}))
     with pytest.raises(ValueError, match="cannot be begun with"):
         begun(other, told)
+    opt = told.optimisation.model_copy(update={"sigma_data": (0.4, 0.5, 0.5)})
+    with pytest.raises(ValueError, match="sigma_data is another"):
+        begun(net, told.model_copy(update={"optimisation": opt}))

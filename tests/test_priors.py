@@ -234,6 +234,19 @@ def edm(prior: GaussianPrior) -> Prior:
     return EDMPrior(net, sigma_data=d)
 
 
+def test_a_gaussian_of_each_channel_s_variance_needs_no_network(
+    generator: Generator,
+) -> None:
+    """σ_d² the variances: D = c_skip x is the conditional mean, F = 0."""
+    data, shape = (0.4, 0.02), (2, 3, 4)
+    variances = torch.tensor(data).square().reshape(-1, 1, 1).expand(shape)
+    exact = GaussianPrior(torch.zeros(shape), variances)
+    edm = EDMPrior(lambda x, _: torch.zeros_like(x), data, channels=2)
+    x = torch.randn(5, *shape, generator=generator)
+    for sigma in (torch.tensor(0.3), torch.logspace(-2, 1, 5)):
+        torch.testing.assert_close(edm.denoise(x, sigma), exact.denoise(x, sigma))
+
+
 def eps(prior: GaussianPrior) -> Prior:
     def net(x_t: Tensor, t: Tensor) -> Tensor:
         a, s = ddpm_level(t)

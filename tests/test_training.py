@@ -100,12 +100,11 @@ def test_what_is_left_of_other_predictions(
 ) -> None:
     """Cov[x₀ | x] = vσ²/(v + σ²), seen through x₀, n = (x − x₀)/σ or n − x₀."""
     opt = OPT.model_copy(update={"predicts": predicts})
-    prior = EDMPrior(torch.mul, SIGMA_DATA, predicts=predicts)
 
     def net(u: Tensor, c_noise: Tensor) -> Tensor:
         told = c_noise.reshape(-1, 1, 1, 1)
         sigma = told / (1 - told) if predicts == "flow" else (4 * told).exp()
-        skip, out, into, _ = preconditioning(predicts, sigma, prior.sigma_data)
+        skip, out, into, _ = preconditioning(predicts, sigma, SIGMA_DATA)
         x = u / into
         D = MEAN + VARIANCE / (VARIANCE + sigma**2) * (x - MEAN)
         return (D - skip * x) / out
@@ -115,6 +114,38 @@ def test_what_is_left_of_other_predictions(
     least = float((weight * part(np.exp(2 * (-1.4 + 1.4 * z)))).sum() / weight.sum())
     assert within_five_errors(losses(net, opt), least)
     assert losses(lambda u, c: 1.1 * net(u, c), opt).mean() > least * 1.002
+
+
+def test_channels_of_their_own_sigma_data_weigh_the_same(generator: Generator) -> None:
+    """For x₀ ~ N(0, σ_d²) in each channel F = 0 is ideal and every target N(0, 1)."""
+    data = (0.4, 0.01, 3.0)
+    spread = torch.tensor(data).reshape(-1, 1, 1)
+    opt = optimisation(sigma_data=data, log_sigma_std=1.0)
+    x0 = spread * torch.randn(64, 3, 32, 32, generator=generator)
+    target = noised(x0, opt, generator)["target"]
+    assert (target.square().mean((0, 2, 3)) - 1).abs().max() < 0.03
+
+
+def test_a_sigma_data_for_each_channel_is_trained_kept_and_loaded(
+    config: TrainConfig, tmp_path: Path, generator: Generator
+) -> None:
+    def run(sigma_data: Any) -> Path:
+        opt = config.optimisation.model_copy(update={"sigma_data": sigma_data})
+        told = config.model_copy(update={"optimisation": opt})
+        return train(told, tmp_path / "each", seed=0)
+
+    with pytest.raises(ValueError, match=r"images have 1 channels, sigma_data 2 numb"):
+        run((0.4, 0.01))
+    card = run((0.4,))
+    assert json.loads(card.read_text())["sigma_data"] == [0.4]
+    inner = priors.load(card).normalised[0]
+    assert isinstance(inner, EDMPrior) and inner.sigma_data == (0.4,)
+    same = EDMPrior(inner.net, 0.4)
+    x = torch.randn(2, 1, 16, 16, generator=generator)
+    for level in (torch.tensor([0.1, 2.0]), torch.tensor(0.1)):
+        torch.testing.assert_close(inner.denoise(x, level), same.denoise(x, level))
+    with pytest.raises(ValueError, match="one for each of 3 channels, got 2"):
+        EDMPrior(inner.net, (0.4, 0.1), channels=3)
 
 
 def test_the_ideal_network_has_no_gradient() -> None:

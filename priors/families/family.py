@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Affine, AffineMap, Prior
+from ..parameterisation import SigmaData
 
 State = Mapping[str, Tensor]
 Card = Mapping[str, Any]
@@ -70,6 +71,12 @@ def finished(prior: Prior, card: Card, decisions: Sequence[str]) -> Prior:
         prior = Affine(prior, map)
     vars(prior)["decisions"] = decisions
     return prior
+
+
+def sigma_data_of(card: Card) -> SigmaData:
+    """The card's σ_d, a number or a list with one for each channel."""
+    data = card["sigma_data"]
+    return tuple(map(float, data)) if isinstance(data, list) else float(data)
 
 
 def overridden(card: Card, inferred: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from ..base import Prior
 from ..networks.conditional import AtClass
 from ..parameterisation import EDMPrior
 from ..unet import Guided, UNet, UNetConfig, laid_out
-from .family import Card, Family, State, filled, finished
+from .family import Card, Family, State, filled, finished, sigma_data_of
 
 NAME = "edm-unet"
 
@@ -29,7 +29,8 @@ def load(state: State, card: Card) -> Prior:
     """
     try:
         config = UNetConfig.from_dict(card["network"])
-        levels = [float(card[k]) for k in ("sigma_data", "sigma_min", "sigma_max")]
+        sigma_data = sigma_data_of(card)
+        levels = [float(card[k]) for k in ("sigma_min", "sigma_max")]
         _ = card["scale"], card["offset"]
     except KeyError as error:
         raise ValueError(f"its card lacks {error}") from error
@@ -46,6 +47,7 @@ def load(state: State, card: Card) -> Prior:
         decisions.append(said)
     prior = EDMPrior(
         net,
+        sigma_data,
         *levels,
         predicts=card.get("predicts", "edm"),
         multiple_of=config.multiple_of,
