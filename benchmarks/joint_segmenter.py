@@ -196,7 +196,7 @@ def train(data: Path, out: Path, until: float) -> None:
     u = AffineMap(config.data.scale, config.data.offset).inverse(stored["seen"].float())
     images = torch.cat([u, stored["labels"].float()], 1).half()
     opt = Optimisation(
-        images=16_000, crop_part=0.8, decay=0.6, lr=4e-4, warmup=100, ema=0.998
+        images=14_400, crop_part=0.8, decay=0.6, lr=4e-4, warmup=100, ema=0.998
     )
     crop, n_kinds = config.data.crop, len(KINDS)
 

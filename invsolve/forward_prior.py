@@ -16,7 +16,7 @@ signal, not a rendering of it.
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, final
 
 import torch
@@ -31,6 +31,7 @@ from .priors.families import Family, register
 from .priors.families.family import Card, State, filled
 from .random import Randomness, randn_like
 from .shapes import Sigma, X, per_item
+from .variation import total_variation
 
 NAME = "dfm"
 
@@ -240,8 +241,9 @@ Head = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class NetworkForwardPrior(ForwardPrior):
     """Ŝ by a network between two solves with the operator.
 
-    The first guess S_det is the network's of the context alone; the second is of S_det,
-    of what the noisy target says beyond it, and of how well C and T see each pixel.
+    The first guess S_det is the network's of the context alone, beginning with least
+    squares or total variation; the second is of S_det, of what the noisy target says
+    beyond it, and of how well C and T see each pixel.
 
     Args:
         family: the operators.
@@ -253,6 +255,9 @@ class NetworkForwardPrior(ForwardPrior):
         steps: of conjugate gradients.
         floor: the least noise, in whitened units, that a solve reckons with: few steps
             of conjugate gradients cannot tell less.
+        variation: λ of the total variation that S_det begins with, in the network's
+            unit; 0 for least squares.
+        nonnegative: whether that is at least 0.
     """
 
     def __init__(
@@ -267,10 +272,13 @@ class NetworkForwardPrior(ForwardPrior):
         context_rows: int = 1,
         steps: int = 8,
         floor: float = 0.05,
+        variation: float = 0.0,
+        nonnegative: bool = False,
     ) -> None:
         self.family, self.head, self.sigma = family, head, sigma
         self.whitening, self.gain = whitening, gain
         self.steps, self.floor = steps, floor
+        self.variation, self.nonnegative = variation, nonnegative
         self.target_rows, self.context_rows = target_rows, context_rows
         self.sigma_min, self.sigma_max = 0.01, 20.0
         metrics = (self.W**-2, torch.ones_like(self.W))
@@ -291,13 +299,28 @@ class NetworkForwardPrior(ForwardPrior):
 
     def guess(self, y: Tensor, context: Rows) -> Tensor:
         """S_det, from the context alone."""
-        x = self.back(y, context)
+        x = self.first(y, context)
         unseen = torch.zeros_like(context)
         level = x.new_ones(len(x))
-        inputs = [x, torch.zeros_like(x), *self.coverages(context, unseen, x)]
+        rest = self.back(y, context) - x
+        inputs = [x, rest, *self.coverages(context, unseen, x)]
         change, log_mu = self.head(torch.cat(inputs, 1), level)
         weight = self.precision(context, unseen, level)
         return self.fused(x + change, y, weight, log_mu.exp())
+
+    def first(self, y: Tensor, context: Rows) -> Tensor:
+        """What S_det begins with: no network has seen it."""
+        if not self.variation:
+            return self.back(y, context)
+        weight = self.family.spread(context) / self.variance()
+        return total_variation(
+            lambda x: self.adjoint(weight * self.measure(x)),
+            self.adjoint(weight * y),
+            self.variation,
+            steps=VARIATION_STEPS,
+            cg_steps=VARIATION_CG,
+            nonnegative=self.nonnegative,
+        )
 
     def signal(
         self,
@@ -459,6 +482,8 @@ def learnt(family: Parametric, head: Head, **more: Any) -> LearntPrior:
 
 RIDGE = 1e-3
 """Of least squares, over the largest eigenvalue."""
+VARIATION_STEPS, VARIATION_CG = 30, 4
+"""Of total variation: near its minimum, at the price of a pass of a small network."""
 
 
 @final
@@ -509,6 +534,7 @@ def stored(
         "scale": prior.gain,
         "target_rows": prior.target_rows,
         "context_rows": prior.context_rows,
+        **_begins(vars(prior)),
     }
     return {k: v.contiguous() for k, v in state.items()}, card
 
@@ -538,6 +564,7 @@ def load_state(state: State, card: Card) -> LearntPrior:
             gain=float(card["scale"]),
             target_rows=int(card["target_rows"]),
             context_rows=int(card["context_rows"]),
+            **_begins(card),
         )
     except KeyError as error:
         raise ValueError(f"its card or its weights lack {error}") from error
@@ -545,6 +572,11 @@ def load_state(state: State, card: Card) -> LearntPrior:
         f"{family.words['rows']} of {tuple(family.image)}, noise of {prior.sigma:g} (card)"
     ]
     return prior
+
+
+def _begins(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `NetworkForwardPrior` begins with, if it is not least squares."""
+    return {k: told[k] for k in ("variation", "nonnegative") if told.get(k)}
 
 
 def _real(v: Tensor) -> Tensor:

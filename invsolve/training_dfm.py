@@ -48,8 +48,8 @@ from invsolve.training_loop import (
     fit,
 )
 
-FIRST = 512
-"""Exams by which the whitening is told."""
+FIRST, SOME = 512, 128
+"""Exams by which the whitening and the strength of total variation are told."""
 HELD_OUT = 64
 """Exams that measure a run."""
 
@@ -98,6 +98,15 @@ class Weights(Section):
     """Of ⟨|∇Ŝ|²⟩, for signals that rows leave open where pictures are flat."""
 
 
+class First(Section):
+    """What the network's first guess begins with."""
+
+    variation: bool = False
+    """Total variation, its strength chosen by rows that the context leaves out, instead
+    of least squares."""
+    nonnegative: bool = False
+
+
 class DFMConfig(ConfigFile):
     """A training run, as a TOML file tells it."""
 
@@ -110,6 +119,7 @@ class DFMConfig(ConfigFile):
     network: dict[str, Any] = Field(default={})
     optimisation: Optimisation = Optimisation(log_sigma_mean=-0.8)
     weights: Weights = Weights()
+    first: First = First()
     checkpoints: int = Field(default=20, gt=0)
     """How often a run is measured and kept."""
     tensorboard: bool = False
@@ -219,6 +229,7 @@ def train_dfm(
         told={
             "network": network.to_dict(),
             "rows": config.split.model_dump(),
+            "first": config.first.model_dump(),
             "exams": sha256(config.data.train),
         },
         seed=seed,
@@ -284,10 +295,14 @@ def maker(
 ) -> Callable[[Any], LearntPrior]:
     """Head ↦ prior, its whitening told by what the context leaves of other rows.
 
-    W is 1/√E|y_T − A_T x|², pooled where measurements are alike; x is the least squares
-    of y_C, or 0 where A is not linear.
+    W is 1/√E|y_T − A_T x|², pooled where measurements are alike; x is what the first guess
+    of y_C begins with, or 0 where A is not linear.
+
+    Raises:
+        ValueError: total variation is asked for, and A is not linear.
     """
     family, split = exams.family.to(device), config.split
+    more: dict[str, Any] = {}
 
     def prior(head: Any, whitening: Tensor) -> LearntPrior:
         return learnt(
@@ -298,15 +313,23 @@ def maker(
             gain=config.scale,
             target_rows=split.target,
             context_rows=split.context[1],
+            **more,
         )
 
     plain = prior(unchanged, torch.ones(family.measured, device=device))
     rows = divided(exams, range(min(FIRST, len(exams))), config, Generator())
     rows = {k: v.to(device) for k, v in rows.items()}
+    told = rows["target"] | rows["novel"]
     x = rows["x"].real.new_zeros(len(rows["x"]), *family.image)
     if isinstance(plain, NetworkForwardPrior):
-        x = plain.back(plain.whitened(rows["x"]), rows["context"])
-    told = rows["target"] | rows["novel"]
+        y, context = plain.whitened(rows["x"]), rows["context"]
+        if config.first.variation:
+            plain.nonnegative = config.first.nonnegative
+            plain.variation = strength(plain, y, context, told)
+            more = {k: vars(plain)[k] for k in ("variation", "nonnegative")}
+        x = plain.first(y, context)
+    elif config.first.variation:
+        raise ValueError("first.variation needs a linear operator: leave it out")
     W = family.whitening(rows["x"] - family.full.apply(config.scale * x), told)
     first = prior(unchanged, W)
 
@@ -316,6 +339,35 @@ def maker(
         return made
 
     return make
+
+
+def strength(prior: NetworkForwardPrior, y: Tensor, context: Rows, told: Rows) -> float:
+    """The λ whose total variation of y_C says most of the other rows, in decibels.
+
+    By factors of √3 downhill from 1; no image is needed.
+    """
+    y, context, told = (v[:SOME] for v in (y, context, told))
+    weight = torch.where(prior.family.spread(told), prior.family.density.to(y.real), 0)
+    scores: dict[int, float] = {}
+
+    def score(k: int) -> float:
+        if k not in scores:
+            trial = copy.copy(prior)
+            trial.variation = 3 ** (k / 2)
+            error = prior.measure(trial.first(y, context)) - y
+            each = (weight * (error.conj() * error).real).flatten(1).sum(1)
+            scores[k] = float((each / weight.flatten(1).sum(1)).log().mean())
+        return scores[k]
+
+    best = 0
+    for step in (-1, 1):
+        while abs(best) < WIDEST and score(best + step) < score(best):
+            best += step
+    return 3 ** (best / 2)
+
+
+WIDEST = 16
+"""Factors of √3 that λ may be from 1."""
 
 
 def unchanged(x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:

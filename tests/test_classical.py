@@ -21,14 +21,13 @@ from invsolve.operators import (
 )
 from invsolve.operators.ct import ConeBeam, FanBeam
 from invsolve.samplers.classical import (
-    _divergence,
-    _gradient,
     cgls,
     fbp,
     sirt,
     tv,
 )
 from invsolve.shapes import X, Y
+from invsolve.variation import divergence, gradient
 
 float64 = torch.float64
 
@@ -277,18 +276,18 @@ def test_they_say_what_they_give_and_wrap_their_loop(generator: Generator) -> No
 
 def test_a_volume_has_three_differences(generator: Generator) -> None:
     x = random(2, 1, 3, 4, 5, generator=generator)
-    d = _gradient(x)
+    d = gradient(x)
     assert d.shape == (2, 3, 1, 3, 4, 5)
     assert_close(d[:, 0, :, :-1], x[:, :, 1:] - x[:, :, :-1])
     assert_close(d[:, 1, :, :, :-1], x[:, :, :, 1:] - x[:, :, :, :-1])
     assert_close(d[:, 2, ..., :-1], x[..., 1:] - x[..., :-1])
     assert float(d[:, 0, :, -1].abs().max()) == 0
     q = random(2, 3, 1, 3, 4, 5, generator=generator)
-    assert_close((d * q).sum(), (x * _divergence(q)).sum())
+    assert_close((d * q).sum(), (x * divergence(q)).sum())
 
 
 def test_an_image_has_two() -> None:
-    assert _gradient(torch.ones(2, 4, 3, 5)).shape == (2, 2, 4, 3, 5)
+    assert gradient(torch.ones(2, 4, 3, 5)).shape == (2, 2, 4, 3, 5)
 
 
 def objective(x: Tensor, problem: InverseProblem, lam: float) -> float:
@@ -310,18 +309,18 @@ def test_tv_of_a_volume_is_at_its_minimum(lam: float, generator: Generator) -> N
     problem = InverseProblem(y, Mask(mask), GaussianNoise(0.4))
     x = tv(problem, lam=lam, steps=600)
     pull = -problem.misfit_grad(x)
-    d = _gradient(x)
+    d = gradient(x)
     length = d.square().sum(1, keepdim=True).sqrt()
     edge = length > 1e-4
     known = torch.where(edge, d / length.clamp_min(1e-9), 0)
     assert bool(edge.any())
     p = known
     for _ in range(4000):
-        slope = _gradient(_divergence(p) - pull / lam)
+        slope = gradient(divergence(p) - pull / lam)
         p = p - slope / 12
         p = p / p.square().sum(1, keepdim=True).sqrt().clamp_min(1)
         p = torch.where(edge, known, p)
-    assert_close(lam * _divergence(p), pull, rtol=0, atol=0.02 * lam)
+    assert_close(lam * divergence(p), pull, rtol=0, atol=0.02 * lam)
     least = objective(x, problem, lam)
     for _ in range(10):
         step = random(*x.shape, generator=generator)

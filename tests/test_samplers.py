@@ -47,9 +47,9 @@ from invsolve.samplers import (
     tmpd,
     tv,
 )
-from invsolve.samplers.classical import _divergence, _gradient
 from invsolve.samplers.dps import misfit_norm_grad
 from invsolve.shapes import Sigma, X
+from invsolve.variation import divergence, gradient
 
 EYE = torch.eye(2, dtype=torch.float64)
 Sampler = Callable[..., Tensor]
@@ -310,13 +310,13 @@ def objective(x: Tensor, problem: InverseProblem, lam: float, smooth: float) -> 
 def test_divergence_is_the_gradient_s_adjoint(generator: Generator) -> None:
     x = torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64)
     q = torch.randn(2, 2, 3, 5, 7, generator=generator, dtype=torch.float64)
-    close((_gradient(x) * q).sum(), (x * _divergence(q)).sum())
+    close((gradient(x) * q).sum(), (x * divergence(q)).sum())
 
 
 def test_gradient_is_of_forward_differences() -> None:
     x = real([[[[1.0, 4.0], [3.0, 10.0]]]])
     expected = real([[[[[2.0, 6.0], [0.0, 0.0]]], [[[3.0, 0.0], [7.0, 0.0]]]]])
-    close(_gradient(x), expected)
+    close(gradient(x), expected)
 
 
 @pytest.mark.parametrize("lam", [0.5, 3.0, 100.0])

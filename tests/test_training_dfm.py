@@ -198,6 +198,67 @@ def test_trained_saved_loaded_and_solved(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(same.samples, got.samples, rtol=1e-4, atol=1e-4)
 
 
+BLOCKS: dict[str, Any] = {"first": {"variation": True, "nonnegative": True}}
+
+
+def blocks(n: int, seed: int) -> Tensor:
+    """Rectangles on nothing, 8×8."""
+    x = torch.zeros(n, 1, 8, 8)
+    at = torch.randint(1, 4, (n, 4), generator=seeded(seed)).tolist()
+    for item, (top, left, h, w) in zip(x, at, strict=True):
+        item[0, top : top + h + 1, left : left + w + 1] = 1.0
+    return x
+
+
+def test_the_first_guess_may_begin_with_total_variation(tmp_path: Path) -> None:
+    """That of `samplers.tv`, its λ the best for rows that were left out."""
+    family, sigma, gain = beams(), 0.1, 0.5
+    made = acquire(blocks(60, 1), family, 9, sigma, generator=seeded(2))
+    setup = config(tmp_path, **{**SMALL, **BLOCKS, "scale": gain})
+    prior = maker(made, setup, torch.device("cpu"))(training_dfm.unchanged)
+    assert isinstance(prior, NetworkForwardPrior)
+    rows = divided(made, range(60), setup, Generator())
+    C, told = rows["context"], rows["target"] | rows["novel"]
+    weight = family.spread(told) * family.density
+
+    def left_out(lam: float) -> tuple[float, Tensor]:
+        y = family.restrict_data(made.y, C)
+        problem = iv.InverseProblem(y, family(C), ops.GaussianNoise(sigma))
+        how = {"steps": 30, "cg_steps": 4, "nonnegative": True}
+        x = iv.samplers.tv(problem, lam=lam / gain, **how)
+        error = family.turned(family.full.apply(x) - made.y).square()
+        each = (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1)
+        return float(each.log().mean()), x
+
+    lam = prior.variation
+    least, x = left_out(lam)
+    first = gain * prior.first(prior.whitened(made.y), C)
+    torch.testing.assert_close(first, x, rtol=1e-3, atol=1e-3)
+    assert first.min() >= 0
+    for other in (lam / 3**0.5, lam * 3**0.5):
+        assert left_out(other)[0] > least
+    truth, plain = blocks(60, 1), gain * prior.back(prior.whitened(made.y), C)
+    assert (first - truth).square().mean() < 0.7 * (plain - truth).square().mean()
+
+
+def test_what_it_begins_with_is_kept_in_the_card(tmp_path: Path) -> None:
+    exams_in(tmp_path, beams())
+    setup = config(tmp_path, **{**SMALL, **BLOCKS})
+    prior = iv.priors.load(train_dfm(setup, tmp_path / "out", seed=0))
+    exams = load_exams(tmp_path / "train.npz")
+    made = maker(exams, setup, torch.device("cpu"))(training_dfm.unchanged)
+    assert isinstance(prior, NetworkForwardPrior)
+    assert isinstance(made, NetworkForwardPrior)
+    assert (prior.variation, prior.nonnegative) == (made.variation, True)
+    y = prior.whitened(exams.y)
+    torch.testing.assert_close(prior.first(y, exams.rows), made.first(y, exams.rows))
+    nothing = torch.zeros_like(exams.rows)
+    assert not prior.first(y, nothing).any()
+    exams_in(tmp_path, Parametric.warps(torch.rand(9, 8, 8, generator=seeded(5))), 7)
+    with pytest.raises(ValueError, match="needs a linear operator"):
+        train_dfm(setup, tmp_path / "other", seed=0)
+
+
 def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
     exams_in(tmp_path, beams())
     setup = config(tmp_path, **SMALL)

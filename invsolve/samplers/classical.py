@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..linalg import cg, dot
+from ..linalg import dot
 from ..operators import LinearOperator
 from ..operators.base import INEXACT_STEPS
 from ..operators.ct.filtering import Window
@@ -13,6 +13,7 @@ from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness
 from ..shapes import PerItem, X, per_item
+from ..variation import total_variation
 from .core import Progress, gives
 
 
@@ -182,9 +183,7 @@ def tv(
     image and (3, d, h, w) for a volume, whatever the voxels' sides; the length ‖·‖₂ is
     over these two or three, so that no direction is preferred, and channels are apart.
 
-    By the alternating direction method of multipliers (Boyd et al. 2011, §6.4.1) on
-    z = ∇x: x by conjugate gradients from where it was, z by soft thresholding, and the
-    scaled dual u ← u + ∇x − z.
+    By the alternating direction method of multipliers: `invsolve.variation`.
 
     Args:
         problem: linear; W is the noise's precision.
@@ -197,52 +196,12 @@ def tv(
         progress: wraps the loop, as ``tqdm`` does.
     """
     A, y = problem.whitened()
-    b = A.adjoint(y)
-    x = cg(A.normal, b, None, max_steps=cg_steps, rtol=0.0)
-    # The threshold λ/ρ is a tenth of the image's own spread: neither so small that z
-    # hardly moves nor so large that it forgets the edges.
-    spread = x.flatten(1).std(1).clamp_min(torch.finfo(x.dtype).tiny)
-    rho = per_item(lam / (0.1 * spread), x)
-    z, u = _gradient(x), torch.zeros_like(_gradient(x))
-    w, v = x, torch.zeros_like(x)
-
-    def normal(t: X) -> X:
-        return A.normal(t) + rho * (_divergence(_gradient(t)) + nonnegative * t)
-
-    for _ in progress(range(steps)):
-        right = b + rho * (_divergence(z - u) + nonnegative * (w - v))
-        x = cg(normal, right, x, max_steps=cg_steps, rtol=0.0)
-        d = _gradient(x)
-        length = _length(d + u).clamp_min(torch.finfo(x.dtype).tiny)
-        z = (d + u) * (1 - lam / rho.unsqueeze(1) / length).clamp_min(0)
-        u = u + d - z
-        w = (x + v).clamp_min(0)
-        v = v + x - w
-    return w if nonnegative else x
-
-
-def _gradient(x: X) -> Tensor:
-    """Differences to the next voxel along each axis of space, zero at the border.
-
-    They come in a new second dimension: (batch, axes, …).
-    """
-    axes = max(2, x.ndim - 2)
-    d = x.new_zeros(x.shape[0], axes, *x.shape[1:])
-    for i, axis in enumerate(range(x.ndim - axes, x.ndim)):
-        d[:, i].narrow(axis, 0, x.shape[axis] - 1).copy_(x.diff(dim=axis))
-    return d
-
-
-def _divergence(q: Tensor) -> X:
-    """The gradient's adjoint (minus the divergence)."""
-    x = torch.zeros_like(q[:, 0])
-    axes = q.shape[1]
-    for i, axis in enumerate(range(x.ndim - axes, x.ndim)):
-        d = q[:, i].narrow(axis, 0, x.shape[axis] - 1)
-        x.narrow(axis, 1, d.shape[axis]).add_(d)
-        x.narrow(axis, 0, d.shape[axis]).sub_(d)
-    return x
-
-
-def _length(q: Tensor) -> Tensor:
-    return q.square().sum(1, keepdim=True).sqrt()
+    return total_variation(
+        A.normal,
+        A.adjoint(y),
+        lam,
+        steps=steps,
+        cg_steps=cg_steps,
+        nonnegative=nonnegative,
+        progress=progress,
+    )
