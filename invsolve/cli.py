@@ -561,7 +561,8 @@ def solve(
         preset = SPARSE_VIEW if is_ct else MRI
         aspect = m.spacing[0] / m.spacing[1]
         options = {**preset, "aspect": aspect, **options}
-        problem, loaded, there = _as_volume(problem, loaded, where)
+        together = int(read_card(prior)[0].get("neighbours", 1))
+        problem, loaded, there = _as_volume(problem, loaded, where, together)
 
     loops = each if whole else math.ceil(each * len(m.y) / 16)
     with _bar(sampler, loops, where) as progress:
@@ -1480,16 +1481,26 @@ def _load_prior(name: str) -> priors.Prior:
 
 
 def _as_volume(
-    problem: InverseProblem, prior: priors.Prior, where: torch.device
+    problem: InverseProblem, prior: priors.Prior, where: torch.device, together: int
 ) -> tuple[InverseProblem, priors.Prior, torch.device]:
     """The stack as one volume, and where to hold it: with the network if it fits there.
 
+    Args:
+        problem: of slices.
+        prior: of them, or of so many neighbours.
+        where: to compute.
+        together: how many slices the prior sees at once.
+
     Raises:
-        ValueError: it fits nowhere.
+        ValueError: it fits nowhere, or there are too few slices.
     """
     A = ops.SliceWise(problem.linear, len(problem.y))
     volume = InverseProblem(problem.y[None], A, problem.noise)
-    slices = priors.Slices(prior, device=where)
+    slices = (
+        priors.Slices(prior, device=where)
+        if together == 1
+        else priors.Groups(prior, together, device=where)
+    )
     plan, cpu = memory_plan(volume, slices), torch.device("cpu")
     home = where
     if where.type == "cpu":

@@ -339,6 +339,7 @@ def _export(
         map=AffineMap(config.data.scale, config.data.offset),
         predicts=config.optimisation.predicts,
         **_labels(config.data),
+        **({"neighbours": n} if (n := config.data.neighbours) > 1 else {}),
         unit="1/mm" if config.data.unit == "HU" else config.data.unit,
         training={
             "images_seen": seen,

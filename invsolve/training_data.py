@@ -75,6 +75,9 @@ class Data(Section):
     """The part of them that is shown without its colours."""
     flip: bool = True
     """Random left–right mirroring."""
+    neighbours: int = Field(default=1, gt=0)
+    """How many slices of a file that follow one another are the channels of one image,
+    for `invsolve.priors.Groups`."""
     labels: Labels | None = None
     """Contours of what the slices show, as more channels; none unless given."""
 
@@ -88,6 +91,8 @@ class Data(Section):
             raise ValueError("grey is for photographs: set photo_crops")
         if self.labels and (self.photo_crops or self.dims == 3):
             raise ValueError("labels are of slices: leave photo_crops and dims out")
+        if self.neighbours > 1 and (self.labels or self.photo_crops or self.dims == 3):
+            raise ValueError("neighbours are slices: labels and dims are not for them")
         return self
 
 
@@ -153,8 +158,10 @@ def _slices(files: list[Path], data: Data) -> tuple[Tensor, list[int]]:
         u = to_prior(hu_to_mu(values) if data.unit == "HU" else values)
         if data.dims == 3:
             u = u[None]
-        foreground = (u > FOREGROUND).flatten(1).float().mean(1)
-        u = u[:, None]
+        elif len(u) < data.neighbours:
+            raise ValueError(f"{path} has fewer slices than data.neighbours")
+        u = u.unfold(0, data.neighbours, 1).movedim(-1, 1)
+        foreground = (u > FOREGROUND).flatten(2).float().mean(2).amin(1)
         if data.labels and inside is not None:
             if len(inside) != len(u) or inside.shape[2:] != u.shape[2:]:
                 raise ValueError(f"{path} and its contours are not of one size")

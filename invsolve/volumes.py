@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .priors import Prior
-from .priors.slices import Slices
+from .priors.slices import OfSlices
 from .problem import InverseProblem
 
 VOLUMES = 6
@@ -79,7 +79,7 @@ class MemoryPlan:
             )
 
 
-def memory_plan(problem: InverseProblem, prior: Slices) -> MemoryPlan:
+def memory_plan(problem: InverseProblem, prior: OfSlices) -> MemoryPlan:
     """What `samplers.dds3d` and ``mbir`` take for one volume; one slice is denoised.
 
     What the operator holds for itself (a matrix, the slices that it works on) is not in
@@ -91,9 +91,8 @@ def memory_plan(problem: InverseProblem, prior: Slices) -> MemoryPlan:
     """
     like = problem.linear.image_like(problem.y[:1])
     prior.check(tuple(like.shape[1:]))
-    channels, *space = like.shape[1:]
-    del space[prior.axis]
-    one = torch.zeros(1, channels, *space, dtype=like.dtype)
+    seen = prior.slice_shape(tuple(like.shape[1:]))
+    one = torch.zeros(1, *seen, dtype=like.dtype)
     inner = prior.inner
     one = one.to(prior.device or like.device)
     level = one.new_tensor(inner.sigma_max)

@@ -29,14 +29,17 @@ def phantom(tmp_path_factory):
     return path
 
 
-def make_prior(folder, name, unit):
-    config = UNetConfig(widths=(8, 16), groups=4)
+def make_prior(folder, name, unit, **more):
+    together = more.get("neighbours", 1)
+    config = UNetConfig(channels=together, widths=(8, 16), groups=4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = UNet(config)
     scale = MU_WATER if unit else 1.0
     map = AffineMap(scale, 0.0)
-    card = card_of(name, config, sigma_data=0.5, map=map, unit=unit, training={})
+    card = card_of(
+        name, config, sigma_data=0.5, map=map, unit=unit, training={}, **more
+    )
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / name)
     (folder / name).rename(folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(card))
@@ -222,6 +225,19 @@ def test_a_stack_as_one_volume(sampler, measured, prior, phantom, tmp_path, caps
     assert image.values.shape == (2, 32, 32)
     assert image.spacing == pytest.approx((3.0, 8.0, 8.0))
     assert "The volume" in (out / "report.html").read_text()
+
+
+def test_a_prior_of_neighbours_sees_them_together(
+    phantom, measured, refused, tmp_path, capsys
+):
+    three = make_prior(tmp_path, "three", "1/mm", neighbours=3)
+    many, out = tmp_path / "many.npz", tmp_path / "out"
+    run("simulate", phantom, "-o", many, "--views", 12, "--slices", "0:3")
+    options = ["--sampler", "dds3d", "--steps", 2, "--prior", three]
+    run("solve", many, "-o", out, *options)
+    assert io.read(out / "mean.nii.gz").values.shape == (3, 32, 32)
+    words = ("solve", measured, "-o", tmp_path / "other", *options)
+    assert "need 3 slices, the volume has 2" in refused(*words)
 
 
 def test_a_volume_that_does_not_fit_is_refused(

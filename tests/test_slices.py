@@ -28,6 +28,7 @@ from invsolve.priors import (
     AffineMap,
     EDMPrior,
     GaussianPrior,
+    Groups,
     Prior,
     Slices,
     TwoPlanes,
@@ -156,6 +157,105 @@ def test_what_is_no_volume_is_refused() -> None:
         Slices(PRIOR, 3)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         Slices(PRIOR, 0, 0)
+
+
+# --- groups of slices
+
+LEVELS = torch.linspace(3, -4, 300).exp().double()
+
+
+def correlated(depth: int, mean: Tensor) -> GaussianPrior:
+    """Slices of 4×6 of which neighbours have a correlation of 0.9."""
+    at = torch.arange(depth)
+    along = 0.9 ** (at[:, None] - at).abs().double()
+    cov = torch.kron(along, field(H, W).cov)
+    return GaussianPrior(mean.expand(depth, H, W).clone(), cov, 0.01, 20.0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(("size", "spacing"), [(3, 1), (2, 2), (1, 1)])
+def test_groups_are_denoised_together(axis: int, size: int, spacing: int) -> None:
+    x = volume()
+    shape = (size, *CUT[axis])
+    g, d = seeded(5), size * CUT[axis][0] * CUT[axis][1]
+    factor = torch.randn(d, 4, generator=g, dtype=torch.float64)
+    mean = torch.randn(shape, generator=g, dtype=torch.float64)
+    inner = GaussianPrior(mean, torch.eye(d).double() + factor @ factor.T)
+    prior = Groups(inner, size, spacing, axis)
+    seen = set()
+    for sigma in LEVELS[::20]:
+        groups = prior.groups(x.shape[2 + axis], sigma)
+        seen.add(groups.tolist()[0][-1])
+        assert (groups.diff(dim=1) == spacing).all()
+        times = groups.flatten().bincount(minlength=x.shape[2 + axis])
+        assert 1 <= times.min() and times.max() <= 3
+        total = torch.zeros_like(x)
+        for group in groups:
+            together = x.index_select(2 + axis, group)[:, 0].movedim(1 + axis, 1)
+            done = inner.denoise(together, sigma).movedim(1, 1 + axis)[:, None]
+            total.index_add_(2 + axis, group, done)
+        view = [1] * 5
+        view[2 + axis] = -1
+        expected = total / times.reshape(view)
+        assert_close(prior.denoise(x, sigma), expected)
+        one = Groups(inner, size, spacing, axis, chunk=1)
+        assert_close(one.denoise(x, sigma), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_offset_is_drawn_and_known_again() -> None:
+    prior = Groups(field(H, W), 3)
+    second = [int(prior.groups(60, s)[1, 0]) for s in LEVELS]
+    assert second == [int(prior.groups(60, s)[1, 0]) for s in LEVELS]
+    counts = torch.tensor(second).bincount(minlength=4)[1:4]
+    assert (counts - 100).abs().max() < 4 * (300 * 2 / 9) ** 0.5
+
+
+def test_slices_that_do_not_depend_on_each_other_need_no_groups() -> None:
+    alone, x = field(H, W), volume()
+    cov = torch.block_diag(*[alone.cov] * 3)
+    together = GaussianPrior(alone.mean.expand(3, H, W).clone(), cov, 0.01, 20.0)
+    for sigma in (SIGMA, torch.tensor([0.1, 3.0]).double()):
+        expected = Slices(alone).denoise(x, sigma)
+        assert_close(Groups(together).denoise(x, sigma), expected)
+
+
+def test_groups_are_nearer_to_the_volume_s_own_prior_than_slices() -> None:
+    depth, mean = 9, field(H, W).mean[0]
+    whole, three = correlated(depth, mean), correlated(3, mean)
+    x = whole.sample(50, generator=seeded(2))
+    for sigma in (0.2, 1.0, 3.0):
+        level = torch.tensor(sigma).double()
+        noisy = x + sigma * torch.randn(x.shape, generator=seeded(3)).double()
+        best = whole.denoise(noisy, level)
+
+        def far(prior: Prior, noisy: Tensor = noisy, best: Tensor = best) -> float:
+            made = prior.denoise(noisy[:, None], level)[:, 0]  # noqa: B023
+            return float((made - best).square().mean())
+
+        assert far(Groups(three)) < 0.5 * far(Slices(field(H, W)))
+
+
+def test_groups_keep_their_unit_and_say_what_they_need() -> None:
+    map = AffineMap(0.02, 0.1)
+    prior = Groups(Affine(correlated(3, field(H, W).mean[0]), map))
+    inner, found = prior.normalised
+    assert found == map and isinstance(inner, Groups)
+    assert prior.sigma_max == pytest.approx(0.02 * inner.sigma_max)
+    x, level = volume()[:, :, :3], 0.02 * SIGMA  # one group, wherever it begins
+    assert_close(prior.denoise(map(x), level), map(inner.denoise(x, SIGMA)))
+    net = Groups(EDMPrior(lambda x, c: x, 0.5, multiple_of=2, channels=3))
+    net.check((1, 5, 4, 6))
+    with pytest.raises(ValueError, match="prior of volumes"):
+        net.check((1, 4, 6))
+    with pytest.raises(ValueError, match=r"groups across d: .*divisible by 2"):
+        net.check((1, 5, 3, 6))
+    with pytest.raises(ValueError, match="need 9 slices, the volume has 5"):
+        Groups(net.inner, 3, 3).check((1, 5, 4, 6))
+    with pytest.raises(ValueError, match="1 channel"):
+        Groups(EDMPrior(lambda x, c: x, 0.5, channels=1)).check((1, 5, 4, 6))
+    for wrong in ({"axis": 3}, {"size": 0}, {"spacing": 0}, {"chunk": 0}):
+        with pytest.raises(ValueError, match=r"axis is|must be at least 1"):
+            Groups(PRIOR, **wrong)
 
 
 # --- two planes

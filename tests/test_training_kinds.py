@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from invsolve import io
+from invsolve import io, priors
 from invsolve.priors import EDMPrior, UNet, UNetConfig
 from invsolve.priors.unet import Guided, folded, positions, unfolded
 from invsolve.training import TrainConfig, train
@@ -143,6 +143,28 @@ def two_classes(tmp_path: Path) -> Path:
             x[:, 2:6, columns] = 0.5 + torch.rand(n, 4, 4, generator=g) / 2
             np.save(tmp_path / name / f"{i}.npy", x.numpy())
     return tmp_path
+
+
+def test_neighbours_are_channels(tmp_path: Path) -> None:
+    """Slices of a file that follow one another, all of them of one file."""
+    g = Generator().manual_seed(0)
+    for name, depth in (("a", 5), ("b", 3)):
+        x = 0.5 + torch.rand(depth, 8, 8, generator=g)
+        x[-1] = 0 if name == "a" else x[-1]  # background
+        np.save(tmp_path / f"{name}.npy", x.numpy())
+    data = data_of(tmp_path, neighbours=3)
+    images = load(tmp_path, data, Generator()).float()
+    a, b = (torch.from_numpy(np.load(tmp_path / f"{k}.npy")) for k in "ab")
+    torch.testing.assert_close(
+        images, torch.stack([a[0:3], a[1:4], b]), rtol=1e-3, atol=1e-3
+    )
+    card = train(config_of(data, {"channels": 3}), tmp_path / "out", seed=0)
+    assert json.loads(card.read_text())["neighbours"] == 3
+    priors.Groups(priors.load(card)).check((1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"b\.npy has fewer slices than .*neighbours"):
+        load(tmp_path, data_of(tmp_path, neighbours=4), Generator())
+    with pytest.raises(ValueError, match="neighbours are slices"):
+        data_of(tmp_path, neighbours=3, dims=3)
 
 
 def test_labels_are_the_subfolders(two_classes: Path) -> None:
