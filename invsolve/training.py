@@ -344,6 +344,7 @@ def _export(
         training={
             "images_seen": seen,
             "seed": seed,
+            **({"start": config.start} if config.start else {}),
             **config.optimisation.model_dump(),
         },
         sha256=sha256(file),

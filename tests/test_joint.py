@@ -1,5 +1,6 @@
 """Priors of images and labels: modes recovered, labels from files, quantities bounded."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -368,7 +369,8 @@ def test_it_may_begin_with_a_prior_of_images(
         F = net.eval()(x, c)
         assert_close(F[:, :1], old(x[:, :1], c))
         assert not F[:, 1:].any()
-    assert train(told, tmp_path / "run", seed=0).exists()
+    made = json.loads(train(told, tmp_path / "run", seed=0).read_text())
+    assert made["training"]["start"] == str(card)
     other = UNet(UNetConfig.from_dict({**wanted.to_dict(), "widths": (8, 16)}))
     with pytest.raises(ValueError, match="cannot be begun with"):
         begun(other, told)
