@@ -154,6 +154,10 @@ class Bench:
             told = f"rows/{kind}, then segmenter trained on {kind}"
             parts[told] = partial(self.two_steps, kind, kind)
         parts["rows/draws of the image, each segmented"] = self.propagated
+        parts["rows/draws of the image, each labelled by the joint prior"] = (
+            self.propagated_jointly
+        )
+        parts["rows/images of joint `dds`, each segmented"] = self.segmented
         parts["rows/true image, segmenter"] = partial(self.two_steps, "clean", "clean")
         parts["rows/true image, joint prior"] = self.of_the_image
         for name in JOINT.keys() - set(CHEAP):
@@ -169,6 +173,9 @@ class Bench:
                 where = where.setdefault(name, {})
             if at[-1] not in where and time.monotonic() < until:
                 where[at[-1]] = make()
+                order = [k.removeprefix("rows/") for k in parts]
+                rows = self.found.get("rows", {})
+                self.found["rows"] = {k: rows[k] for k in order if k in rows}
                 self.save()
 
     def save(self) -> None:
@@ -271,10 +278,38 @@ class Bench:
     def propagated(self) -> dict[str, Any]:
         """The mean over draws of a prior of images of what the segmenter sees in each."""
         begin = time.perf_counter()
-        prior = iv.priors.load(TASK.prior)
-        solution = iv.solve(
+        solution = self.images()
+        return self.scored(
+            self.seen_in(solution.samples),
+            solution.mean,
+            time.perf_counter() - begin,
+        )
+
+    def propagated_jointly(self) -> dict[str, Any]:
+        """The mean over such draws of labels that the joint prior draws given each."""
+        begin = time.perf_counter()
+        solution = self.images()
+        labels = self.labels_of(solution.samples.flatten(0, 1), 1).samples[0]
+        p = self.membership(labels).unflatten(0, (DRAWS, -1)).mean(0)
+        return self.scored(p, solution.mean, time.perf_counter() - begin)
+
+    def segmented(self) -> dict[str, Any]:
+        """The mean over joint draws of what the segmenter sees in their images."""
+        begin = time.perf_counter()
+        solution = self.drawn("dds", self.embedded(self.problem))
+        p = self.seen_in(solution.samples[:, :, :1])
+        return self.scored(p, solution.mean[:, :1], time.perf_counter() - begin)
+
+    def seen_in(self, draws: Tensor) -> Tensor:
+        """The mean of the segmenter's answers."""
+        segmenter = Segmenter.load(self.args.segmenter)
+        return torch.stack([segmenter(x, "clean") for x in draws]).mean(0)
+
+    def images(self) -> iv.Solution:
+        """Draws of a prior of images alone."""
+        return iv.solve(
             self.problem,
-            prior,
+            iv.priors.load(TASK.prior),
             samplers.dds,
             samples=DRAWS,
             steps=PASSES,
@@ -283,9 +318,6 @@ class Bench:
             precision="bf16",
             **settings("dds"),
         )
-        segmenter = Segmenter.load(self.args.segmenter)
-        p = torch.stack([segmenter(x, "clean") for x in solution.samples]).mean(0)
-        return self.scored(p, solution.mean, time.perf_counter() - begin)
 
     # --- scores
 
