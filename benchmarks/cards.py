@@ -116,7 +116,7 @@ def in_latents() -> str:
     found = json.loads(LATENT.read_text()) if LATENT.exists() else {}
     told = []
     for task, rows in found.items():
-        if not isinstance(rows, dict) or task == "coded":
+        if not isinstance(rows, dict) or task in ("coded", "fit"):
             continue
         n = found["images"]
         means = {m: sum(r["psnr"]) / n for m, r in rows.items() if len(r["psnr"]) == n}

@@ -253,9 +253,10 @@ def test_groups_keep_their_unit_and_say_what_they_need() -> None:
         Groups(net.inner, 3, 3).check((1, 5, 4, 6))
     with pytest.raises(ValueError, match="1 channel"):
         Groups(EDMPrior(lambda x, c: x, 0.5, channels=1)).check((1, 5, 4, 6))
-    for wrong in ({"axis": 3}, {"size": 0}, {"spacing": 0}, {"chunk": 0}):
+    bad = {"axis": 3, "size": 0, "spacing": 0, "chunk": 0}
+    for name, value in bad.items():
         with pytest.raises(ValueError, match=r"axis is|must be at least 1"):
-            Groups(PRIOR, **wrong)
+            Groups(PRIOR, **{name: value})  # pyright: ignore[reportArgumentType]
 
 
 # --- two planes
