@@ -155,7 +155,7 @@ class Groups(OfSlices):
     NeurIPS 2024. Every noise level divides the volume anew, by its own offset, so that
     over a solve each slice is denoised with all of its neighbours. The offset follows
     from σ alone, so that a solve that was cut goes on as it would have. Where groups do
-    not fill the volume, one more at its end overlaps its neighbour; they are averaged.
+    not fill the volume, one more at that end overlaps its neighbour; they are averaged.
 
     Args:
         inner: the prior of k slices as the channels of an image, (k, a, b), such as
