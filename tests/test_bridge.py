@@ -182,7 +182,7 @@ def test_ours_pass_for_physics(
     A, shape = ours
     made = to_deepinv(A, ops.GaussianNoise(0.25), shape)
     assert isinstance(made, physics.LinearPhysics)
-    assert float(made.adjointness_test()) < 1e-5
+    assert float(made.adjointness_test(num_samples=64)) < 1e-5  # a ratio of rms values
     assert float(made.noise_model.sigma) == 0.25
     z, x = images(shape, generator), images(shape, generator)
     y, gamma = made.A(x), torch.tensor([0.5, 4.0])
