@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ from invsolve.operators import (
 )
 from invsolve.planes import PLANES, plane_scores, planes_figure
 from invsolve.population import brain_mr, read_tissues
-from invsolve.priors import Slices
+from invsolve.priors import Groups, Slices
+from invsolve.priors.slices import OfSlices
 from invsolve.samplers import dds3d, mbir
 from invsolve.simulate import measure
 from invsolve.units import MU_WATER, hu_to_mu, mu_to_hu
@@ -95,6 +96,8 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     coupled: bool = False
     tasks: tuple[str, ...] = tuple(TASKS)
+    neighbours: str = ""
+    """A prior of neighbouring slices, in place of the task's."""
 
 
 TRIALS = 12
@@ -146,6 +149,15 @@ def methods(steps: int) -> dict[str, Method]:
             coupled=True,
             tasks=("ct-8",),
         ),
+        "groups": Method(
+            "DDS, z-TV, neighbouring slices together",
+            dds3d,
+            COUPLED,
+            z_tv,
+            coupled=True,
+            tasks=tuple(TASKS)[:4],
+            neighbours="ct-neighbours-128",
+        ),
         "mbir": Method(
             "DiffusionMBIR",
             mbir,
@@ -160,6 +172,16 @@ def methods(steps: int) -> dict[str, Method]:
             tasks=("ct-8",),
         ),
     }
+
+
+def prior_of(task: Task, method: Method) -> OfSlices:
+    """The prior of volumes that a method takes for a task."""
+    if method.neighbours:
+        return Groups(loaded(method.neighbours))
+    return Slices(loaded(task.prior))
+
+
+loaded = cache(iv.priors.load)
 
 
 def zero_filled(problem: iv.InverseProblem, prior: Any = None, **_: Any) -> Tensor:
@@ -315,12 +337,12 @@ def tune(args: argparse.Namespace) -> None:
         task = TASKS[task_name]
         [(_, x, spacing)] = volumes(task, args.data, "tune", 1, args.depth)
         given = problem(task, x, spacing, seed=1)
-        prior = Slices(iv.priors.load(task.prior))
         for key, method in methods(args.steps).items():
             name = f"{kind} {key}"
             wanted = key in args.methods and task_name in method.tasks and method.space
             if not wanted or name in results["tune"]:
                 continue
+            prior = prior_of(task, method)
             score = partial(trial_score, method, given, prior, x, spacing, task)
             found = search(method, score)
             results["tune"][name] = {**found, "depth": args.depth}
@@ -390,7 +412,6 @@ def run(args: argparse.Namespace) -> None:
             found = volumes(task, args.data, "test", args.volumes, args.depth)
             name, x, spacing = found[number]
             given = problem(task, x, spacing, seed=2 + number)
-            prior = Slices(iv.priors.load(task.prior))
             for key, method in methods(args.steps).items():
                 label = f"{task_name} {name} {key}"
                 if task_name not in method.tasks or key not in args.methods:
@@ -398,6 +419,7 @@ def run(args: argparse.Namespace) -> None:
                 if label in results["run"]:
                     continue
                 settings = best(results, key, task.kind)
+                prior = prior_of(task, method)
                 solution = solve(method, settings, given, prior, spacing)
                 made = solution.mean.reshape(x.shape)
                 row = scores(made, x, task)

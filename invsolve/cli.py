@@ -28,6 +28,7 @@ from torch import Generator, Tensor
 
 from invsolve import demo as demonstration, io, operators as ops, priors, samplers
 from invsolve.operators import LinearOperator, Noise
+from invsolve.preview import Preview
 from invsolve.priors.weights import read_card, sha256
 from invsolve.problem import InverseProblem
 from invsolve.report import (
@@ -509,6 +510,10 @@ def solve(
         Path | None,
         typer.Option(help="Keep what is done here; the same command goes on from it."),
     ] = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(help="A .png that shows, while it runs, how far it has come."),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
@@ -525,6 +530,10 @@ def solve(
     _lookup(dict.fromkeys(get_args(Precision)), precision, "precision")
     limits = _window(window)
     _check_folder(out, force=force)
+    if preview is not None:
+        if preview.suffix.lower() != ".png":
+            raise ValueError(f"--preview {preview}: name it with .png")
+        _check_writable(preview)
     raw = {
         "pixel_mm": pixel_mm,
         "size": size,
@@ -552,6 +561,10 @@ def solve(
     if demonstration.needs_prior(method):
         loaded = _load_prior(prior)
         _check_unit(prior, m.unit)
+    elif preview is not None:
+        raise ValueError(
+            f"--preview shows a network's answers, and {sampler} asks none: leave it out"
+        )
     true = _read_truth(truth, m) if truth is not None else None
     kind = getattr(method, "kind", "steered")
     each = samples or (8 if kind == "posterior_sample" else 1)
@@ -564,6 +577,10 @@ def solve(
         together = int(read_card(prior)[0].get("neighbours", 1))
         problem, loaded, there = _as_volume(problem, loaded, where, together)
 
+    watch = None
+    if preview is not None:
+        watch = Preview(preview, unit=m.unit, window=limits, spacing=m.spacing)
+
     loops = each if whole else math.ceil(each * len(m.y) / 16)
     with _bar(sampler, loops, where) as progress:
         solution = run_solve(
@@ -575,6 +592,7 @@ def solve(
             device=there,
             precision=cast(Precision, precision),
             checkpoint=checkpoint,
+            watch=watch,
             progress=progress,
             **options,
         )

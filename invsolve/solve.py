@@ -20,7 +20,7 @@ from .problem import InverseProblem
 from .random import spawn
 from .samplers import Kind
 from .speed import Precision, accelerated
-from .trajectory import RecordedPrior, Recorder, Step
+from .trajectory import RecordedPrior, Recorder, Step, Watch, WatchedPrior
 
 
 @final
@@ -110,6 +110,7 @@ def solve(
     precision: Precision = "float32",
     compile: bool = False,
     record: int | None = None,
+    watch: Watch | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     progress: Callable[[Iterable], Iterable] | None = None,
@@ -135,6 +136,8 @@ def solve(
         compile: let torch compile the network: minutes at first, faster after, on GPUs.
         record: keep every so manieth pass of the network for the first sample of each
             item, as ``trajectory``.
+        watch: told each answer of the network, in the prior's range, and the map to the
+            image's unit: ``Preview("now.png")`` shows how far a solve has come.
         checkpoint: a file in which what is done is kept, chunk by chunk. The same call
             goes on from it, whatever stopped the last, and gives the same result.
         checkpoint_every: keep the sampler's own state too, each so many steps, where it
@@ -179,6 +182,8 @@ def solve(
     if inner is not None and record:
         recorder = Recorder(record, map)
         inner = RecordedPrior(inner, recorder)
+    if inner is not None and watch is not None:
+        inner = WatchedPrior(inner, watch, map)
     local = InverseProblem(local.y, counted(local.operator, tally), local.noise)
     local = local.seen_through(map)
 

@@ -1,5 +1,6 @@
 """What a sampler asked its prior on the way, seen from the prior's side."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
@@ -85,6 +86,27 @@ class RecordedPrior(Prior):
     def denoise(self, x: X, sigma: Sigma) -> X:
         out = self.inner.denoise(x, sigma)
         self.recorder.see(x, sigma, out)
+        return out
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        self.inner.check(shape)
+
+
+Watch = Callable[[X, AffineMap], object]
+"""Told each answer of the network, in the prior's range, and the map to the image's."""
+
+
+@final
+class WatchedPrior(Prior):
+    """A prior each of whose answers is told."""
+
+    def __init__(self, inner: Prior, watch: Watch, map: AffineMap) -> None:
+        self.inner, self.watch, self.map = inner, watch, map
+        self.sigma_min, self.sigma_max = inner.sigma_min, inner.sigma_max
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        out = self.inner.denoise(x, sigma)
+        self.watch(out.detach(), self.map)
         return out
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -162,6 +162,21 @@ def test_a_checkpoint_is_gone_on_from(measured, prior, refused, tmp_path):
     assert "another run" in message and not (tmp_path / "d").exists()
 
 
+def test_a_preview_of_a_run(measured, prior, refused, tmp_path):
+    """The network's last answer, as a picture beside the result and not in it."""
+    from PIL import Image
+
+    base = ("solve", measured, "--prior", prior, "--steps", 2, "--samples", 1)
+    run(*base, "-o", tmp_path / "a", "--preview", tmp_path / "now.png")
+    with Image.open(tmp_path / "now.png") as image:
+        assert image.size == (32, 32)
+    message = refused(*base, "-o", tmp_path / "b", "--preview", tmp_path / "now.jpg")
+    assert ".png" in message
+    classical = ("solve", measured, "-o", tmp_path / "b", "--sampler", "fbp")
+    message = refused(*classical, "--preview", tmp_path / "b.png")
+    assert "leave it out" in message
+
+
 def test_the_network_in_bf16(measured, prior, tmp_path):
     base = ("solve", measured, "--prior", prior, "--steps", 2, "--samples", 1)
     run(*base, "-o", tmp_path / "a")
