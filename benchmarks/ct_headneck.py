@@ -1,5 +1,6 @@
 """Sparse-view, low-dose CT of held-out patients: the README's table.
 
+    python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --plain
     python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --readme README.md
 
 Data: real CT slices of OpenKBP's validation patients, of whom no bundled prior saw any.
@@ -30,6 +31,7 @@ HEIGHTS = (0.3, 0.7)
 """Where in a body, from its lowest slice to its highest, slices are taken."""
 
 BEGIN, END = "<!-- ct-headneck: begin -->", "<!-- ct-headneck: end -->"
+BESIDE = ("<!-- equivariant: begin -->", "<!-- equivariant: end -->")
 
 
 def slices(data: Path, part: str, heights: Sequence[float] = HEIGHTS) -> list[io.Image]:
@@ -125,6 +127,23 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def beside(result: dict, plain: dict) -> str:
+    """What the prior's equivariance changes, of the methods that ask a prior."""
+    lines = ["| method | as the network is | equivariant |", "| --- | --- | --- |"]
+    for one, other in zip(plain["rows"], result["rows"], strict=True):
+        if one["forwards"]:
+            scores = " | ".join(f"{r['psnr_mean']:.2f}" for r in (one, other))
+            lines.append(f"| {one['method']} | {scores} |")
+    told = [f"{r['date']}, {r['machine']}" for r in (plain, result)]
+    lines += [
+        "",
+        f"PSNR in dB of the README's {result['slices']} slices with the same seed and the "
+        f"same passes. {told[0]}; {told[1]}. Made by `{plain['command']}` and "
+        f"`{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def put(path: Path, text: str, begin: str, end: str) -> None:
     """Replace what stands between two marks of a page."""
     before, rest = path.read_text().split(begin)
@@ -147,25 +166,38 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--plain", action="store_true", help="the prior as it is, not `Equivariant`"
+    )
     parser.add_argument("--readme", type=Path, help="put the table between its marks")
     args = parser.parse_args()
     prior = iv.priors.load(args.prior)
     images = slices(args.data, args.part)[: args.patients]
     generator = Generator().manual_seed(args.seed)
     comparisons = [
-        compare(image, prior, generator=generator, device=torch.device(args.device))
+        compare(
+            image,
+            prior,
+            equivariant=not args.plain,
+            generator=generator,
+            device=torch.device(args.device),
+        )
         for image in tqdm(images, unit="patient")
     ]
     result = summary(comparisons, args.part, args.seed)
     patients = f" --patients {args.patients}" if args.patients else ""
-    result["command"] = f"python benchmarks/ct_headneck.py{patients} --readme README.md"
+    told = " --plain" if args.plain else " --readme README.md"
+    result["command"] = f"python benchmarks/ct_headneck.py{patients}{told}"
     print(table(result))
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"ct_headneck-{args.part}-{torch.device(args.device).type}"
+    plain = "-plain" if args.plain else ""
+    stem = f"ct_headneck-{args.part}-{torch.device(args.device).type}{plain}"
     text = json.dumps(result, indent=1) + "\n"
     io.replace(args.out / f"{stem}.json", lambda p: Path(p).write_text(text))
     if args.readme:
         put(args.readme, table(result), BEGIN, END)
+        plain = json.loads((args.out / f"{stem}-plain.json").read_text())
+        put(args.readme.parent / "docs" / "priors.md", beside(result, plain), *BESIDE)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ import typer.core
 from torch import Generator, Tensor
 
 from invsolve import demo as demonstration, io, operators as ops, priors, samplers
+from invsolve.forward_prior import ForwardPrior
 from invsolve.operators import LinearOperator, Noise
 from invsolve.preview import Preview
+from invsolve.priors.latent import LatentPrior
 from invsolve.priors.weights import read_card, sha256
 from invsolve.problem import InverseProblem
 from invsolve.report import (
@@ -510,6 +512,14 @@ def solve(
         Path | None,
         typer.Option(help="Keep what is done here; the same command goes on from it."),
     ] = None,
+    equivariant: Annotated[
+        bool,
+        typer.Option(
+            "--equivariant",
+            help="Mirror images and shifts are as likely: better where it is so, at no "
+            "cost.",
+        ),
+    ] = False,
     preview: Annotated[
         Path | None,
         typer.Option(help="A .png that shows, while it runs, how far it has come."),
@@ -561,6 +571,11 @@ def solve(
     if demonstration.needs_prior(method):
         loaded = _load_prior(prior)
         _check_unit(prior, m.unit)
+        loaded = _equivariant(prior, loaded) if equivariant else loaded
+    elif equivariant:
+        raise ValueError(
+            f"--equivariant is of priors, and {sampler} has none: leave it out"
+        )
     elif preview is not None:
         raise ValueError(
             f"--preview shows a network's answers, and {sampler} asks none: leave it out"
@@ -640,6 +655,7 @@ def solve(
         "samples": each,
         "precision": precision,
         "prior": None if loaded is None else prior,
+        "equivariant": equivariant,
         "operator": {
             k: v for k, v in m.operator.items() if k not in ("angles", "mask")
         },
@@ -1496,6 +1512,14 @@ def _sha256(path: Path) -> str:
 def _load_prior(name: str) -> priors.Prior:
     _need("diffusers")
     return priors.load(name)
+
+
+def _equivariant(name: str, prior: priors.Prior) -> priors.Prior:
+    if isinstance(prior, LatentPrior | ForwardPrior):
+        raise ValueError(
+            f"--equivariant is for priors of images, which {name} is not: leave it out"
+        )
+    return priors.Equivariant(prior)
 
 
 def _as_volume(

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from . import io, samplers
 from .operators import ParallelBeam, TransmissionNoise
-from .priors import Prior
+from .priors import Equivariant, Prior
 from .problem import InverseProblem
 from .report import Result
 from .samplers.reddiff import PRESETS
@@ -138,6 +138,7 @@ def compare(
     methods: Iterable[Method] = METHODS,
     views: int = VIEWS,
     counts: float = COUNTS,
+    equivariant: bool = True,
     generator: Generator,
     device: torch.device,
     bar: Bar = lambda what, images: nullcontext(iter),
@@ -150,6 +151,8 @@ def compare(
         methods: what to compare.
         views: evenly over 180°.
         counts: photons that reach a detector element through air.
+        equivariant: take mirror images and shifts of what the prior knows for as likely
+            (`priors.Equivariant`).
         generator: of the measurements' noise and of the samplers.
         device: where to compute.
         bar: makes a progress bar for each method.
@@ -160,6 +163,7 @@ def compare(
     noise = TransmissionNoise(counts, FLOOR)
     y = measure(x, A, noise, generator=generator)
     problem = InverseProblem(y, A, noise)
+    asked = Equivariant(prior) if equivariant else prior
     # Less than vacuum, as some scanners mark what they did not see, is vacuum here.
     truth = image.values.clamp_min(-1000)
     results = []
@@ -167,7 +171,7 @@ def compare(
         with bar(method.name, method.samples * len(x)) as progress:
             solution = solve(
                 problem,
-                prior if needs_prior(method.sampler) else None,
+                asked if needs_prior(method.sampler) else None,
                 method.sampler,
                 samples=method.samples,
                 generator=generator,

@@ -7,6 +7,7 @@ from .analytic import (
     StationaryPrior as StationaryPrior,
 )
 from .base import Affine as Affine, AffineMap as AffineMap, Prior as Prior
+from .equivariant import Equivariant as Equivariant
 from .families.denoisers import (
     from_callable as from_callable,
     from_deepinv as from_deepinv,

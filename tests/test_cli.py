@@ -162,6 +162,22 @@ def test_a_checkpoint_is_gone_on_from(measured, prior, refused, tmp_path):
     assert "another run" in message and not (tmp_path / "d").exists()
 
 
+def test_mirror_images_and_shifts_are_as_likely(measured, prior, refused, tmp_path):
+    base = ("solve", measured, "--prior", prior, "--steps", 3, "--samples", 1)
+    run(*base, "-o", tmp_path / "a")
+    run(*base, "-o", tmp_path / "b", "--equivariant")
+    a, b = (io.read(tmp_path / n / "mean.nii.gz").values for n in "ab")
+    assert not torch.equal(a, b)
+    settings = [
+        json.loads((tmp_path / n / "result.json").read_text())["settings"] for n in "ab"
+    ]
+    assert [s["equivariant"] for s in settings] == [False, True]
+    message = refused(
+        *("solve", measured, "-o", tmp_path / "c", "--sampler", "fbp", "--equivariant")
+    )
+    assert "leave it out" in message
+
+
 def test_a_preview_of_a_run(measured, prior, refused, tmp_path):
     """The network's last answer, as a picture beside the result and not in it."""
     from PIL import Image
