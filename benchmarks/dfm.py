@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,15 @@ from typing import Any
 import torch
 from ct_headneck import machine, put
 from dfm_baselines import Ambient, Oracle, Setting, setting, trained
-from make_exams import CT_SIGMA, MR_SIGMA, SLICES, families, parts
+from make_exams import (
+    CT_SIGMA,
+    MR_SIGMA,
+    SLICES,
+    ct_beam,
+    ct_sinograms,
+    families,
+    parts,
+)
 from quality import read
 from torch import Generator, Tensor
 from tqdm import tqdm
@@ -33,11 +41,10 @@ import invsolve as iv
 from invsolve import io, samplers
 from invsolve.forward_prior import GaussianForwardPrior, NetworkForwardPrior
 from invsolve.metrics import body_mask, psnr, ssim
-from invsolve.operators import GaussianNoise, ParallelBeam
+from invsolve.operators import GaussianNoise
 from invsolve.operators.parametric import Parametric, Rows
 from invsolve.priors.weights import read_card
 from invsolve.samplers.solvers import Multistep
-from invsolve.simulate import line_integrals
 from invsolve.units import MU_WATER
 
 RESULTS = Path(__file__).parent / "results" / "dfm.json"
@@ -69,8 +76,7 @@ def tests(kind: str, data: Path, part: str, n: int) -> Test:
     generator = Generator().manual_seed(3)
     if kind == "ct":
         rows[:, ::6] = True
-        assert isinstance(family.full, ParallelBeam)
-        sigma, z = CT_SIGMA, line_integrals(x, family.full, 3)
+        sigma, z = CT_SIGMA, ct_sinograms(x)
         region = body_mask(x)
     else:
         rows[:, 30:34] = True
@@ -125,9 +131,7 @@ def methods(
         if kind == "mr":
             return families()[kind].linear.adjoint(y)[None], 0
         seen = test.rows[0]
-        full = families()[kind].full
-        assert isinstance(full, ParallelBeam)
-        beam = ParallelBeam(full.shape, full.angles[seen], full.pixel_mm)
+        beam = replace(ct_beam(), angles=ct_beam().angles[seen])
         problem = iv.InverseProblem(y[:, :, seen], beam, test.problem.noise)
         windows = ["ram-lak", "shepp-logan", "cosine", "hann"]
 

@@ -3,7 +3,8 @@
     python benchmarks/make_exams.py --out $INVSOLVE_DATA/exams
 
 CT: slices of OpenKBP's training patients (real CT) that fit into 64² of its pixels, as
-means of 2×2, 16 random views of 48 each, measured on a grid three times finer. Brain MR:
+means of 2×2, 16 random views of 48 each, measured on a grid three times finer by detector
+elements a third as wide, whose line integrals are then averaged by threes. Brain MR:
 slices of simulated heads (benchmarks/make_mr_population.py) at 64², 16 random columns of
 k-space each, the middle four among them. An image is measured once, and is not written.
 """
@@ -11,6 +12,7 @@ k-space each, the middle four among them. An image is measured once, and is not 
 import argparse
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,16 +33,35 @@ from invsolve.units import hu_to_mu
 SIDE, ROWS = 64, 16
 CT_SIDE, PIXEL_MM = 32, 7.812
 VIEWS, CT_SIGMA = 48, 0.03
+FINER = 3
+"""How many detector elements are averaged to one, and how much finer pixels are where
+measurements are simulated."""
+OVERSAMPLE = 2
+"""Pixels of 8 mm are no points: what the operator that is trained with makes of them."""
 CENTRE, MR_SIGMA = 4, 0.01
 HELD_OUT = 64
 """Exams of a file by which training is measured."""
 
 
+def ct_beam() -> ParallelBeam:
+    """All 48 views."""
+    return ParallelBeam((CT_SIDE, CT_SIDE), even_angles(VIEWS), PIXEL_MM)
+
+
+def ct_sinograms(x: Tensor) -> Tensor:
+    """What all views see, without noise."""
+    beam = ct_beam()
+    narrow = replace(
+        beam, detectors=FINER * beam.detectors, detector_mm=beam.detector_mm / FINER
+    )
+    z = torch.cat([line_integrals(some, narrow, FINER) for some in x.split(64)])
+    return z.unflatten(-1, (-1, FINER)).mean(-1)
+
+
 def families() -> dict[str, Parametric]:
     """All that can be measured."""
-    beam = ParallelBeam((CT_SIDE, CT_SIDE), even_angles(VIEWS), PIXEL_MM)
     return {
-        "ct": Parametric.views(beam),
+        "ct": Parametric.views(ct_beam(), oversample=OVERSAMPLE),
         "mr": Parametric.lines((SIDE, SIDE), real=True),
     }
 
@@ -105,9 +126,7 @@ def measured(what: str, x: Tensor, count: int, generator: Generator) -> Exams:
             family.grid
         )
         return acquire(x, family, count, MR_SIGMA, kept=kept, generator=generator)
-    assert isinstance(family.full, ParallelBeam)
-    beam = family.full
-    z = torch.cat([line_integrals(some, beam, 3) for some in x.split(64)])
+    z = ct_sinograms(x)
     return acquire(x, family, count, CT_SIGMA, z=z, generator=generator)
 
 

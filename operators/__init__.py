@@ -70,6 +70,7 @@ from .resample import (
     Decimate as Decimate,
     Downsample as Downsample,
     Separable as Separable,
+    finer_pixels as finer_pixels,
 )
 from .sensing import CompressedSensing as CompressedSensing
 from .stack import OnChannels as OnChannels, Stack as Stack, on_channels as on_channels

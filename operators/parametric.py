@@ -6,6 +6,7 @@ acquired. What is left out is zero, so that exams of different φ make one batch
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, final
@@ -21,6 +22,7 @@ from .base import Identity, LinearOperator, Operator, tensors
 from .ct import ParallelBeam
 from .masking import Mask
 from .mri import Coils, ComplexChannels, Fourier, RealImage
+from .resample import finer_pixels
 from .warp import Warp
 
 Rows = Bool[Tensor, "_ *grid"]
@@ -96,9 +98,17 @@ class Parametric:
         return cls(Fourier() @ full, (channels, *shape), shape, (-1,), words)
 
     @classmethod
-    def views(cls, beam: ParallelBeam) -> "Parametric":
-        """CT: a row is a view, of all those of ``beam``."""
-        words = {
+    def views(cls, beam: ParallelBeam, *, oversample: int = 1) -> "Parametric":
+        """CT: a row is a view, of all those of ``beam``.
+
+        Args:
+            beam: the scan.
+            oversample: take pixels for what they are, the means of something smooth: A is
+                the same scan of pixels so many times finer, of the values that
+                `finer_pixels` gives them. Where pixels are as wide as the details in
+                them, what Joseph's model says of a ray errs by as much as low-dose noise.
+        """
+        words: dict[str, Any] = {
             "rows": "views",
             "shape": list(beam.shape),
             "angles": beam.angles,
@@ -106,7 +116,17 @@ class Parametric:
             "detectors": beam.detectors,
             "detector_mm": beam.detector_mm,
         }
-        return cls(beam, (1, *beam.shape), beam.measurement_shape, (-2,), words)
+        full: LinearOperator = beam
+        if oversample > 1:
+            words["oversample"] = oversample
+            h, w = beam.shape
+            fine = replace(
+                beam,
+                shape=(h * oversample, w * oversample),
+                pixel_mm=beam.pixel_mm / oversample,
+            )
+            full = fine @ finer_pixels((h, w), oversample)
+        return cls(full, (1, *beam.shape), beam.measurement_shape, (-2,), words)
 
     @classmethod
     def warps(cls, pictures: Float[Tensor, "pictures h w"]) -> "Parametric":
@@ -133,7 +153,8 @@ class Parametric:
             if kind == "lines":
                 return cls.lines(shape, told.pop("maps", None), **told)
             if kind == "views":
-                return cls.views(ParallelBeam(shape, **told))
+                times = int(told.pop("oversample", 1))
+                return cls.views(ParallelBeam(shape, **told), oversample=times)
         except (KeyError, TypeError) as error:
             raise ValueError(f"a family of operators lacks {error}") from error
         raise ValueError(f"unknown rows {kind!r}: pixels, lines, views or warps")
@@ -340,13 +361,19 @@ class Parametric:
 
         Args:
             A: u ↦ A_φ(gain u), or its rows alone (a beam of these views), in any order,
-                whatever is wrapped around it.
+                whatever is wrapped around it. Of a family that oversamples, the plain
+                beam's rows too: they are of the same data.
             y: its measurements.
             gain: an image in its own unit over u.
 
         Raises:
             ValueError: it is of another geometry, or another unit.
         """
+        if self.words.get("oversample", 1) > 1:
+            told = {k: v for k, v in self.words.items() if k != "oversample"}
+            plain = self.from_words(told).to(self.device)
+            with suppress(ValueError):
+                return plain.acquired(A, y, gain)
         real = y.real if y.is_complex() else y
         x = randn_like(real.new_zeros(1, *self.image), Generator().manual_seed(0))
         told = ValueError(

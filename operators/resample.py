@@ -143,6 +143,38 @@ class Separable(LinearOperator):
         return [left(self.rows), left(self.columns)]
 
 
+def finer_pixels(shape: tuple[int, int], factor: int) -> Separable:
+    """The means over pixels ``factor`` times finer of an image that is smooth in them.
+
+    Along each axis, of the parabola whose means over a pixel and its two neighbours are
+    theirs (that of the piecewise parabolic method, Colella, Woodward 1984, without its
+    limits): with t from −½ to ½ across a pixel of value b between a and c,
+
+        p(t) = b + (c − a)/2 t + (a − 2b + c)/2 (t² − 1/12).
+
+    Means over the pixels of ``shape`` stay what they are; outside lies nothing.
+
+    Args:
+        shape: (h, w) of the images.
+        factor: how many finer pixels a side become of one.
+    """
+    _check_factor(factor, (factor, factor))
+    edges = torch.linspace(-0.5, 0.5, factor + 1, dtype=torch.float64)
+    low, high = edges[:-1], edges[1:]
+    slope = (low + high) / 2
+    bend = (low**2 + low * high + high**2) / 3 - 1 / 12
+    taps = (bend - slope) / 2, 1 - bend, (bend + slope) / 2  # of a, b and c
+
+    def along(n: int) -> Tensor:
+        matrix = torch.zeros(n, factor, n, dtype=torch.float64)
+        for offset, tap in zip((-1, 0, 1), taps, strict=True):
+            at = torch.arange(max(0, -offset), min(n, n - offset))
+            matrix[at, :, at + offset] = tap
+        return matrix.reshape(n * factor, n)
+
+    return Separable(along(shape[0]), along(shape[1]))
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Decimate(LinearOperator):

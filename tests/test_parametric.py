@@ -19,6 +19,7 @@ def families() -> dict[str, Parametric]:
         "lines": Parametric.lines((H, W)),
         "coils": Parametric.lines((H, W), maps),
         "views": Parametric.views(ops.ParallelBeam((H, W), angles)),
+        "finer": Parametric.views(ops.ParallelBeam((H, W), angles), oversample=2),
     }
 
 
@@ -36,7 +37,7 @@ def some(family: Parametric, n: int = 4) -> Tensor:
     return rows
 
 
-@pytest.fixture(params=["pixels", "lines", "coils", "views"])
+@pytest.fixture(params=["pixels", "lines", "coils", "views", "finer"])
 def family(request: pytest.FixtureRequest) -> Parametric:
     return families()[request.param]
 
@@ -245,3 +246,62 @@ def test_bad_input_is_refused() -> None:
         families()["lines"].whitening(
             torch.zeros(2, 1, H, W), torch.zeros(2, W, dtype=torch.bool)
         )
+
+
+# --- pixels that are means of something smooth
+
+
+def test_finer_pixels_keep_means_and_know_parabolas() -> None:
+    """Of x² and of x: exact but at the border, beyond which nothing is told."""
+    n, k = 7, 3
+    A = ops.finer_pixels((n, n), k)
+    x = torch.randn(2, 1, n, n, generator=seeded(1), dtype=torch.float64)
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(A(x), k), x)
+
+    def means(m: int) -> Tensor:  # of 1 + t + 2t² over m pixels of [0, 1], exactly
+        edge = torch.linspace(0, 1, m + 1, dtype=torch.float64)
+        whole = edge + edge**2 / 2 + 2 * edge**3 / 3
+        return whole.diff() * m
+
+    field = torch.outer(means(n), means(n))[None, None]
+    fine = torch.outer(means(n * k), means(n * k))[None, None]
+    inner = slice(k, -k)
+    torch.testing.assert_close(A(field)[..., inner, inner], fine[..., inner, inner])
+    with pytest.raises(ValueError, match="a factor of 0"):
+        ops.finer_pixels((4, 4), 0)
+
+
+def test_a_smooth_image_is_projected_nearer_to_the_truth() -> None:
+    """A Gaussian blob of 1.2 pixels: √(2π) s exp(−d²/2s²) of a ray at the distance d."""
+    n, s, at = 24, 1.2, torch.tensor([1.3, -2.2], dtype=torch.float64)  # (x, y)
+    angles = torch.linspace(0, torch.pi, 25, dtype=torch.float64)[:-1]
+    beam = ops.ParallelBeam((n, n), angles)
+    edge = torch.arange(n + 1, dtype=torch.float64) - n / 2
+    across, down = (torch.erf((edge - c) / (2**0.5 * s)).diff() for c in at.tolist())
+    x = (torch.pi / 2) ** 0.5 * s * down.flip(0)[:, None] * across
+    x = x * (torch.pi / 2) ** 0.5 * s
+    where = torch.arange(beam.detectors, dtype=torch.float64)
+    where = where - (beam.detectors - 1) / 2
+
+    centre = at[0] * angles.cos() + at[1] * angles.sin()
+    d = where - centre[:, None]
+    true = (2 * torch.pi) ** 0.5 * s * (-(d**2) / (2 * s**2)).exp()
+
+    def error(A: ops.LinearOperator) -> float:
+        return float((A(x[None, None])[0, 0] - true).square().mean().sqrt())
+
+    plain, finer = (error(Parametric.views(beam, oversample=k).linear) for k in (1, 2))
+    assert finer < plain / 2
+
+
+def test_the_plain_beam_is_of_the_same_data() -> None:
+    angles = torch.linspace(0, torch.pi, 9)[:-1]
+    family = Parametric.views(ops.ParallelBeam((8, 8), angles), oversample=2)
+    some = torch.tensor([5, 1, 6])
+    y = torch.randn(2, 1, 3, family.measured[-1], generator=seeded(1))
+    rows, same = family.acquired(ops.ParallelBeam((8, 8), angles[some]), y)
+    assert rows.nonzero()[:, 1].tolist() == [1, 5, 6]
+    torch.testing.assert_close(same[:, :, some], y)
+    again = Parametric.from_words(family.words)
+    x = torch.randn(2, 1, 8, 8, generator=seeded(2))
+    torch.testing.assert_close(again.full.apply(x), family.full.apply(x))
