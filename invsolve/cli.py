@@ -589,8 +589,11 @@ def solve(
         preset = SPARSE_VIEW if is_ct else MRI
         aspect = m.spacing[0] / m.spacing[1]
         options = {**preset, "aspect": aspect, **options}
-        together = int(read_card(prior)[0].get("neighbours", 1))
-        problem, loaded, there = _as_volume(problem, loaded, where, together)
+        card, low = read_card(prior)[0], None
+        if (below := card.get("below")) is not None:
+            low = _load_prior(below["prior"])
+            low = priors.Equivariant(low) if equivariant else low
+        problem, loaded, there = _as_volume(problem, loaded, where, card, low)
 
     watch = None
     if preview is not None:
@@ -1523,7 +1526,11 @@ def _equivariant(name: str, prior: priors.Prior) -> priors.Prior:
 
 
 def _as_volume(
-    problem: InverseProblem, prior: priors.Prior, where: torch.device, together: int
+    problem: InverseProblem,
+    prior: priors.Prior,
+    where: torch.device,
+    card: Mapping[str, Any],
+    low: priors.Prior | None,
 ) -> tuple[InverseProblem, priors.Prior, torch.device]:
     """The stack as one volume, and where to hold it: with the network if it fits there.
 
@@ -1531,18 +1538,24 @@ def _as_volume(
         problem: of slices.
         prior: of them, or of so many neighbours.
         where: to compute.
-        together: how many slices the prior sees at once.
+        card: the prior's, which tells how many slices it sees at once.
+        low: a prior of slices that knows more below the level that the card tells.
 
     Raises:
         ValueError: it fits nowhere, or there are too few slices.
     """
     A = ops.SliceWise(problem.linear, len(problem.y))
     volume = InverseProblem(problem.y[None], A, problem.noise)
+    together = int(card.get("neighbours", 1))
     slices = (
         priors.Slices(prior, device=where)
         if together == 1
         else priors.Groups(prior, together, device=where)
     )
+    volumes: priors.Prior = slices
+    if low is not None:
+        at = card["below"]["sigma"] * slices.normalised[1].scale
+        volumes = priors.Experts(priors.Slices(low, device=where), slices, at)
     plan, cpu = memory_plan(volume, slices), torch.device("cpu")
     home = where
     if where.type == "cpu":
@@ -1551,7 +1564,7 @@ def _as_volume(
         plan.check(free_memory(cpu), free_memory(where))
         home = cpu
     typer.echo(f"memory: {plan}", err=True)
-    return volume, slices, home
+    return volume, volumes, home
 
 
 def _slice_by_slice(solution: Solution) -> Solution:

@@ -8,6 +8,7 @@ from .analytic import (
 )
 from .base import Affine as Affine, AffineMap as AffineMap, Prior as Prior
 from .equivariant import Equivariant as Equivariant
+from .experts import Experts as Experts
 from .families.denoisers import (
     from_callable as from_callable,
     from_deepinv as from_deepinv,

@@ -19,6 +19,7 @@ from torch import Tensor
 from invsolve.shapes import Sigma, X
 
 from .base import AffineMap, Prior
+from .experts import same_range
 from .info import Info
 
 AXES = ("d", "h", "w")
@@ -253,15 +254,7 @@ class TwoPlanes(Prior):
     ) -> None:
         if not 0 < share < 1:
             raise ValueError(f"share must lie between 0 and 1, got {share}")
-        one, other = first.normalised[1], second.normalised[1]
-        if not (
-            math.isclose(one.scale, other.scale, rel_tol=1e-6)
-            and math.isclose(one.offset, other.offset, abs_tol=1e-6 * one.scale)
-        ):
-            raise ValueError(
-                f"the two priors are of different ranges ({one} and {other}): give "
-                "priors of one unit and range"
-            )
+        same_range(first, second)
         self.first, self.second = first, second
         self.share, self.drawn = share, drawn
         self.sigma_min = max(first.sigma_min, second.sigma_min)

@@ -271,6 +271,27 @@ def test_a_prior_of_neighbours_sees_them_together(
     assert "need 3 slices, the volume has 2" in refused(*words)
 
 
+def test_a_card_tells_who_knows_more_below_a_level(phantom, prior, refused, tmp_path):
+    """Its `below`: another prior, of single slices, and the level in its own range."""
+    many, means = tmp_path / "many.npz", []
+    run("simulate", phantom, "-o", many, "--views", 12, "--slices", "0:3")
+    base = ["solve", many, "--sampler", "dds3d", "--steps", 3]
+    three = make_prior(tmp_path, "three", "1/mm", neighbours=3)
+    for below in (None, 0.5, 1e6):
+        card = json.loads(three.read_text())
+        if below is not None:
+            card["below"] = {"sigma": below, "prior": str(prior)}
+            three.write_text(json.dumps(card))
+        out = tmp_path / f"out-{below}"
+        if below == 1e6:
+            message = refused(*base, "-o", out, "--prior", three)
+            assert "never be asked" in message
+            continue
+        run(*base, "-o", out, "--prior", three)
+        means.append(io.read(out / "mean.nii.gz").values)
+    assert not torch.equal(*means)
+
+
 def test_a_volume_that_does_not_fit_is_refused(
     refused, measured, prior, tmp_path, monkeypatch
 ):
