@@ -596,7 +596,8 @@ def table(results: dict[str, Any]) -> str:
         "the body, mean over the planes of each orientation; jumps along z: mean "
         "|x_{k+1} − x_k| over the truth's; passes of the network for each slice, and "
         "seconds for a volume, in bf16, on a machine that did other work as well. One draw "
-        "each. ¹ Of the first volume alone. "
+        "each; settings searched on a patient (a head) apart. "
+        "¹ Of the first volume alone. "
         f"{results['date']}, {results['machine']}, seed 0. Made by "
         "`python benchmarks/volumes.py run`.",
     ]
@@ -641,8 +642,31 @@ def as_a_whole(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"{some['depth']} slices of 128×128 of one held-out patient, PSNR / SSIM as above; "
-        f"seconds with {some['threads']} threads. {some['date']}, {some['machine']}. Made "
+        f"seconds with {some['threads']} thread(s), beside other work. {some['date']}, {some['machine']}. Made "
         "by `python benchmarks/volumes.py whole`.",
+    ]
+    return "\n".join(lines)
+
+
+def by_level(results: dict[str, Any]) -> str:
+    """What each prior makes of white noise."""
+    rows = results["experts"]["rows"]
+    lines = [
+        "| σ | " + " | ".join(f"{r['sigma']:g}" for r in rows) + " |",
+        "| --- |" + " --- |" * len(rows),
+    ]
+    for key, name in (
+        ("slices", "ct-headneck-128"),
+        ("neighbours", "ct-neighbours-128"),
+    ):
+        lines.append(
+            f"| `{name}` | " + " | ".join(f"{r[key]:.1f}" for r in rows) + " |"
+        )
+    lines += [
+        "",
+        f"PSNR in dB of denoising {results['experts']['volumes']} stacks of patients for "
+        "tuning, σ in the network's range (1 is water). Made by `python "
+        "benchmarks/volumes.py experts`.",
     ]
     return "\n".join(lines)
 
@@ -696,6 +720,8 @@ def docs(args: argparse.Namespace) -> None:
         curves(args.docs.with_name(args.docs.stem + "-memory.png"), results)
         text += "\n\n" + memory(results)
         text += "\n\n![Memory and time against depth](volumes-memory.png)"
+    if results.get("experts"):
+        text += "\n\n" + by_level(results)
     if results.get("whole"):
         text += "\n\n" + as_a_whole(results)
     put(args.docs, text, BEGIN, END)
