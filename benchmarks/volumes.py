@@ -642,8 +642,8 @@ def as_a_whole(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"{some['depth']} slices of 128×128 of one held-out patient, PSNR / SSIM as above; "
-        f"seconds with {some['threads']} thread(s), beside other work. {some['date']}, {some['machine']}. Made "
-        "by `python benchmarks/volumes.py whole`.",
+        f"seconds with {some['threads']} thread(s), beside other work. {some['date']}, "
+        f"{some['machine']}. Made by `python benchmarks/volumes.py whole`.",
     ]
     return "\n".join(lines)
 
