@@ -665,8 +665,8 @@ def by_level(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"PSNR in dB of denoising {results['experts']['volumes']} stacks of patients for "
-        "tuning, σ in the network's range (1 is water). Made by `python "
-        "benchmarks/volumes.py experts`.",
+        f"tuning, σ in the network's range (1 is water). {results['date']}, "
+        f"{results['machine']}. Made by `python benchmarks/volumes.py experts`.",
     ]
     return "\n".join(lines)
 

@@ -571,6 +571,8 @@ def solve(
     if demonstration.needs_prior(method):
         loaded = _load_prior(prior)
         _check_unit(prior, m.unit)
+        if preview is not None:
+            _check_images("--preview", prior, loaded)
         loaded = _equivariant(prior, loaded) if equivariant else loaded
     elif equivariant:
         raise ValueError(
@@ -592,7 +594,7 @@ def solve(
         card, low = read_card(prior)[0], None
         if (below := card.get("below")) is not None:
             low = _load_prior(below["prior"])
-            low = priors.Equivariant(low) if equivariant else low
+            low = _equivariant(below["prior"], low) if equivariant else low
         problem, loaded, there = _as_volume(problem, loaded, where, card, low)
 
     watch = None
@@ -614,6 +616,8 @@ def solve(
             progress=progress,
             **options,
         )
+    if watch is not None:
+        watch.show(solution.samples[0], priors.AffineMap(1.0, 0.0))
     if whole:
         solution = _slice_by_slice(solution)
     if colour:  # shown and written as three slices
@@ -1518,11 +1522,15 @@ def _load_prior(name: str) -> priors.Prior:
 
 
 def _equivariant(name: str, prior: priors.Prior) -> priors.Prior:
+    _check_images("--equivariant", name, prior)
+    return priors.Equivariant(prior)
+
+
+def _check_images(option: str, name: str, prior: priors.Prior) -> None:
     if isinstance(prior, LatentPrior | ForwardPrior):
         raise ValueError(
-            f"--equivariant is for priors of images, which {name} is not: leave it out"
+            f"{option} is for priors of images, which {name} is not: leave it out"
         )
-    return priors.Equivariant(prior)
 
 
 def _as_volume(

@@ -48,17 +48,19 @@ class Preview:
 
     def __call__(self, answer: X, map: AffineMap) -> None:
         """An answer in the prior's range, and the way to the image's unit."""
-        if time.monotonic() < self.last + self.every:
-            return
-        self.last = time.monotonic()
+        if time.monotonic() >= self.last + self.every:
+            self.show(answer, map)
+            self.last = time.monotonic()
+
+    def show(self, answer: X, map: AffineMap) -> None:
+        """The same at once, say of a solution when it is there."""
         image = answer[0].detach()
         if self.window is None:
             self.window = self._chosen(image, map)
-        of_hu = self.unit == "1/mm"
-        limits = [hu_to_mu(torch.tensor(float(v))) for v in self.window]
-        limits = limits if of_hu else [torch.tensor(float(v)) for v in self.window]
+        limits = torch.tensor(self.window)
+        limits = hu_to_mu(limits) if self.unit == "1/mm" else limits
         # Two numbers go into the prior's range, rather than a volume out of it.
-        low, high = (float(map.inverse(v)) for v in limits)
+        low, high = map.inverse(limits).tolist()
         if image.ndim == 4:
             png = planes_figure({"": image[0]}, self.spacing, (low, high))
         else:

@@ -370,8 +370,8 @@ class Parametric:
             ValueError: it is of another geometry, or another unit.
         """
         if self.words.get("oversample", 1) > 1:
-            told = {k: v for k, v in self.words.items() if k != "oversample"}
-            plain = self.from_words(told).to(self.device)
+            words = {k: v for k, v in self.words.items() if k != "oversample"}
+            plain = self.from_words(words).to(self.device)
             with suppress(ValueError):
                 return plain.acquired(A, y, gain)
         real = y.real if y.is_complex() else y

@@ -179,13 +179,16 @@ def test_mirror_images_and_shifts_are_as_likely(measured, prior, refused, tmp_pa
 
 
 def test_a_preview_of_a_run(measured, prior, refused, tmp_path):
-    """The network's last answer, as a picture beside the result and not in it."""
+    """A picture beside the result and not in it; in the end, of the result itself."""
     from PIL import Image
 
     base = ("solve", measured, "--prior", prior, "--steps", 2, "--samples", 1)
     run(*base, "-o", tmp_path / "a", "--preview", tmp_path / "now.png")
     with Image.open(tmp_path / "now.png") as image:
-        assert image.size == (32, 32)
+        grey = torch.from_numpy(np.asarray(image).copy())
+    hu = io.read(tmp_path / "a" / "mean.nii.gz").values[0]
+    expected = (255 * (hu + 160) / 400).clamp(0, 255)
+    torch.testing.assert_close(grey.float(), expected, rtol=0, atol=0.6)
     message = refused(*base, "-o", tmp_path / "b", "--preview", tmp_path / "now.jpg")
     assert ".png" in message
     classical = ("solve", measured, "-o", tmp_path / "b", "--sampler", "fbp")
@@ -238,6 +241,9 @@ def test_colours_where_they_make_no_sense(refused, picture, prior, tmp_path):
     solve = ("solve", out, "-o", tmp_path / "out", "--prior", prior)
     assert "measurements in no unit" in refused(*solve)
     assert "not for a picture" in refused(*solve[:4], "--sampler", "dds3d")
+    latent = (*solve[:4], "--prior", "latent-photos-64", "--sampler", "resample")
+    for option in (["--equivariant"], ["--preview", tmp_path / "now.png"]):
+        assert "is for priors of images" in refused(*latent, *option)
 
 
 @pytest.mark.parametrize("sampler", ["dds3d", "mbir"])
