@@ -84,6 +84,7 @@ TASKS: Mapping[str, Task] = {
     "ct-90": Task("CT, 45 views over 90°", "ct-headneck-128", 45, 90.0),
     "mr-8": Task("brain MR, Poisson disc ×8", "mr-brain-128"),
 }
+CT = tuple(name for name, task in TASKS.items() if task.kind == "ct")
 TUNED_ON = {"ct": "ct-8", "mr": "mr-8"}
 
 
@@ -120,12 +121,17 @@ def methods(steps: int) -> dict[str, Method]:
     """Every method, at so many passes of the network a slice."""
     passes = {"steps": steps, "cg_steps": 10}
     z_tv = {**passes, "eta": 1.0}
+    positive = {"nonnegative": True}
     return {
-        "fbp": Method("FBP", samplers.fbp, tasks=tuple(TASKS)[:4]),
-        "sirt": Method("SIRT", samplers.sirt, tasks=tuple(TASKS)[:4]),
+        "fbp": Method("FBP", samplers.fbp, tasks=CT),
+        "sirt": Method("SIRT", samplers.sirt, fixed=positive, tasks=CT),
         "zero-filled": Method("zero-filled", zero_filled, tasks=("mr-8",)),
         "tv": Method(
-            "ADMM-TV 3D", samplers.tv, {"lam": (1.0, 100.0, 10.0)}, {"steps": 200}
+            "ADMM-TV 3D",
+            samplers.tv,
+            {"lam": (1.0, 100.0, 10.0)},
+            {"steps": 200, **positive},
+            coupled=True,
         ),
         "dds": Method(
             "DDS, slice by slice",
@@ -150,7 +156,7 @@ def methods(steps: int) -> dict[str, Method]:
             COUPLED,
             {**z_tv, "noise": "slerp"},
             coupled=True,
-            tasks=("ct-8",),
+            tasks=CT,
         ),
         "groups": Method(
             "DDS, z-TV, neighbours together",
@@ -158,7 +164,7 @@ def methods(steps: int) -> dict[str, Method]:
             COUPLED,
             z_tv,
             coupled=True,
-            tasks=tuple(TASKS)[:4],
+            tasks=CT,
             neighbours="ct-neighbours-128",
         ),
         "mbir": Method(

@@ -536,7 +536,9 @@ def solve(
     _need("nibabel", "matplotlib", "jinja2", *(["skimage"] if truth else []))
     where = _device(device)
     method = _lookup(SAMPLERS, sampler, "sampler")
-    whole = "aspect" in inspect.signature(method).parameters  # the stack, as a volume
+    # The stack, as a volume: by a prior of slices, and not one by one.
+    coupled = "aspect" in inspect.signature(method).parameters
+    whole = coupled and demonstration.needs_prior(method)
     _lookup(dict.fromkeys(get_args(Precision)), precision, "precision")
     limits = _window(window)
     _check_folder(out, force=force)

@@ -17,6 +17,7 @@ def total_variation(
     steps: int,
     cg_steps: int,
     nonnegative: bool = False,
+    aspect: float = 1.0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> X:
     """argmin ½⟨x, Mx⟩ − ⟨b, x⟩ + λ Σ ‖∇x‖₂, item by item: least squares if M = AᴴA.
@@ -32,6 +33,8 @@ def total_variation(
         steps: of the outer method.
         cg_steps: of the inner one.
         nonnegative: ask for x ≥ 0, by a second splitting.
+        aspect: a voxel's height over its width, by which a volume's jumps along z are
+            divided.
         progress: wraps the loop, as ``tqdm`` does.
     """
     x = cg(normal, b, None, max_steps=cg_steps, rtol=0.0)
@@ -39,16 +42,18 @@ def total_variation(
     # hardly moves nor so large that it forgets the edges.
     spread = x.flatten(1).std(1).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
     rho = per_item(lam / (0.1 * spread), x)
-    z, u = gradient(x), torch.zeros_like(gradient(x))
+    z = gradient(x, aspect)
+    u = torch.zeros_like(z)
     w, v = x, torch.zeros_like(x)
 
     def split(t: X) -> X:
-        return normal(t) + rho * (divergence(gradient(t)) + nonnegative * t)
+        rough = divergence(gradient(t, aspect), aspect)
+        return normal(t) + rho * (rough + nonnegative * t)
 
     for _ in progress(range(steps)):
-        right = b + rho * (divergence(z - u) + nonnegative * (w - v))
+        right = b + rho * (divergence(z - u, aspect) + nonnegative * (w - v))
         x = cg(split, right, x, max_steps=cg_steps, rtol=0.0)
-        d = gradient(x)
+        d = gradient(x, aspect)
         length = _length(d + u).clamp_min(torch.finfo(x.dtype).tiny)
         z = (d + u) * (1 - lam / rho.unsqueeze(1) / length).clamp_min(0)
         u = u + d - z
@@ -57,24 +62,28 @@ def total_variation(
     return w if nonnegative else x
 
 
-def gradient(x: X) -> Tensor:
+def gradient(x: X, aspect: float = 1.0) -> Tensor:
     """Differences to the next voxel along each axis of space, zero at the border.
 
-    They come in a new second dimension: (batch, axes, …).
+    They come in a new second dimension: (batch, axes, …). Those along a volume's z are
+    divided by ``aspect``.
     """
     axes = max(2, x.ndim - 2)
     d = x.new_zeros(x.shape[0], axes, *x.shape[1:])
     for i, axis in enumerate(range(x.ndim - axes, x.ndim)):
         d[:, i].narrow(axis, 0, x.shape[axis] - 1).copy_(x.diff(dim=axis))
+    if axes == 3:
+        d[:, 0] /= aspect
     return d
 
 
-def divergence(q: Tensor) -> X:
+def divergence(q: Tensor, aspect: float = 1.0) -> X:
     """The gradient's adjoint (minus the divergence)."""
     x = torch.zeros_like(q[:, 0])
     axes = q.shape[1]
     for i, axis in enumerate(range(x.ndim - axes, x.ndim)):
         d = q[:, i].narrow(axis, 0, x.shape[axis] - 1)
+        d = d / aspect if axes == 3 and i == 0 else d
         x.narrow(axis, 1, d.shape[axis]).add_(d)
         x.narrow(axis, 0, d.shape[axis]).sub_(d)
     return x

@@ -284,22 +284,32 @@ def test_a_volume_has_three_differences(generator: Generator) -> None:
     assert float(d[:, 0, :, -1].abs().max()) == 0
     q = random(2, 3, 1, 3, 4, 5, generator=generator)
     assert_close((d * q).sum(), (x * divergence(q)).sum())
+    flat = gradient(x, 0.5)
+    assert_close(flat[:, 0], 2 * d[:, 0])
+    assert_close(flat[:, 1:], d[:, 1:])
+    assert_close((flat * q).sum(), (x * divergence(q, 0.5)).sum())
 
 
-def test_an_image_has_two() -> None:
+def test_an_image_has_two(generator: Generator) -> None:
     assert gradient(torch.ones(2, 4, 3, 5)).shape == (2, 2, 4, 3, 5)
+    x = random(2, 4, 3, 5, generator=generator)
+    assert_close(gradient(x, 0.5), gradient(x))
 
 
-def objective(x: Tensor, problem: InverseProblem, lam: float) -> float:
+def objective(
+    x: Tensor, problem: InverseProblem, lam: float, aspect: float = 1.0
+) -> float:
     d = torch.zeros(3, *x.shape[2:], dtype=float64)
-    d[0, :-1] = x[0, 0].diff(dim=0)
+    d[0, :-1] = x[0, 0].diff(dim=0) / aspect
     d[1, :, :-1] = x[0, 0].diff(dim=1)
     d[2, :, :, :-1] = x[0, 0].diff(dim=2)
     return float(problem.misfit(x)) + lam * float(d.norm(dim=0).sum())
 
 
-@pytest.mark.parametrize("lam", [0.5, 2.0])
-def test_tv_of_a_volume_is_at_its_minimum(lam: float, generator: Generator) -> None:
+@pytest.mark.parametrize(("lam", "aspect"), [(0.5, 1.0), (2.0, 1.0), (0.5, 0.6)])
+def test_tv_of_a_volume_is_at_its_minimum(
+    lam: float, aspect: float, generator: Generator
+) -> None:
     """It satisfies the optimality conditions: AᵀW(y − Ax) = λ ∇ᵀp with ‖p‖ ≤ 1.
 
     Where ∇x ≠ 0, p = ∇x/‖∇x‖; the rest of p is found by projected gradient descent.
@@ -307,26 +317,34 @@ def test_tv_of_a_volume_is_at_its_minimum(lam: float, generator: Generator) -> N
     mask = (torch.rand(3, 4, 4, generator=generator) < 0.7).double()
     y = mask * random(1, 1, 3, 4, 4, generator=generator)
     problem = InverseProblem(y, Mask(mask), GaussianNoise(0.4))
-    x = tv(problem, lam=lam, steps=600)
+    x = tv(problem, lam=lam, steps=600, aspect=aspect)
     pull = -problem.misfit_grad(x)
-    d = gradient(x)
+    d = gradient(x, aspect)
     length = d.square().sum(1, keepdim=True).sqrt()
     edge = length > 1e-4
     known = torch.where(edge, d / length.clamp_min(1e-9), 0)
     assert bool(edge.any())
     p = known
     for _ in range(4000):
-        slope = gradient(divergence(p) - pull / lam)
-        p = p - slope / 12
+        slope = gradient(divergence(p, aspect) - pull / lam, aspect)
+        p = p - slope * aspect**2 / 12
         p = p / p.square().sum(1, keepdim=True).sqrt().clamp_min(1)
         p = torch.where(edge, known, p)
-    assert_close(lam * divergence(p), pull, rtol=0, atol=0.02 * lam)
-    least = objective(x, problem, lam)
+    assert_close(lam * divergence(p, aspect), pull, rtol=0, atol=0.02 * lam)
+    least = objective(x, problem, lam, aspect)
     for _ in range(10):
         step = random(*x.shape, generator=generator)
         for size in (1e-3, 1e-1):
             other = x + size * step / step.norm()
-            assert objective(other, problem, lam) >= least * (1 - 1e-7)
+            assert objective(other, problem, lam, aspect) >= least * (1 - 1e-7)
+
+
+def test_tv_refuses_voxels_without_a_height() -> None:
+    problem = InverseProblem(
+        torch.ones(1, 1, 2, 2, 2), Mask(torch.ones(2, 2, 2)), GaussianNoise(1.0)
+    )
+    with pytest.raises(ValueError, match="aspect must be > 0, got 0"):
+        tv(problem, aspect=0.0)
 
 
 def test_a_volume_s_slices_are_smoothed_together() -> None:

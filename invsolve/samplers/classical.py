@@ -174,13 +174,14 @@ def tv(
     steps: int = 60,
     cg_steps: int = 10,
     nonnegative: bool = False,
+    aspect: float = 1.0,
     generator: Randomness | None = None,
     progress: Progress = iter,
 ) -> X:
     """argmin ½‖Ax − y‖²_W + λ Σ ‖∇x‖₂, isotropic total variation in 2D or 3D.
 
     ∇x holds the differences between a voxel and its next neighbours, (2, h, w) for an
-    image and (3, d, h, w) for a volume, whatever the voxels' sides; the length ‖·‖₂ is
+    image and (3, d, h, w) for a volume, there over the voxels' sides; the length ‖·‖₂ is
     over these two or three, so that no direction is preferred, and channels are apart.
 
     By the alternating direction method of multipliers: `invsolve.variation`.
@@ -193,8 +194,14 @@ def tv(
         steps: of the outer method.
         cg_steps: of the inner one.
         nonnegative: ask for x ≥ 0, by a second splitting.
+        aspect: of a volume, a voxel's height over its width.
         progress: wraps the loop, as ``tqdm`` does.
+
+    Raises:
+        ValueError: ``aspect`` is not positive.
     """
+    if not aspect > 0:
+        raise ValueError(f"aspect must be > 0, got {aspect}")
     A, y = problem.whitened()
     return total_variation(
         A.normal,
@@ -203,5 +210,6 @@ def tv(
         steps=steps,
         cg_steps=cg_steps,
         nonnegative=nonnegative,
+        aspect=aspect,
         progress=progress,
     )

@@ -13,6 +13,7 @@ from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness
 from ..shapes import X
+from ..shards import Shard
 from .core import Progress, gives, image_like, levels, transitions
 from .ztv import SPARSE_VIEW, DataStep, SliceNoise, slice_noise
 
@@ -35,6 +36,7 @@ def dds3d(
     noise: SliceNoise = "independent",
     aspect: float = 1.0,
     periodic: bool = False,
+    shard: Shard | None = None,
     keep: Keep = straight,
     generator: Randomness,
     progress: Progress = iter,
@@ -69,6 +71,8 @@ def dds3d(
             ``slerp``, in between (see `slice_noise`).
         aspect: a voxel's height over its width.
         periodic: whether the first slice follows the last, as in the published code.
+        shard: which of a larger volume's slices the problem's are, where several
+            processes hold some each.
         keep: where what is carried is kept (`invsolve.checkpoint`).
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
@@ -76,10 +80,13 @@ def dds3d(
     Returns:
         One volume for each item of y.
     """
-    step = DataStep.of(problem, rho=rho, lam=lam, aspect=aspect, periodic=periodic)
+    step = DataStep.of(
+        problem, rho=rho, lam=lam, aspect=aspect, periodic=periodic, shard=shard
+    )
+    step.shard.check(prior)
     like = image_like(problem)
     sigmas = levels(prior, like, steps, sigmas, sigma_range)
-    x = slice_noise(like, noise, generator) * (1 + sigmas[0] ** 2).sqrt()
+    x = slice_noise(like, noise, generator, shard) * (1 + sigmas[0] ** 2).sqrt()
     state: State = {"x": x, "q": step.jumps(like)}
     del like, x
     for sigma, sigma_next in progress(keep(state, generator, transitions(sigmas))):
@@ -90,7 +97,7 @@ def dds3d(
         left = zeta * float(sigma_next)
         eps.mul_(left * (1 - eta**2) ** 0.5).add_(x0)
         del x0
-        n = slice_noise(eps, noise, generator)
+        n = slice_noise(eps, noise, generator, shard)
         eps.add_(n, alpha=left * eta)
         del n
     return state["x"]

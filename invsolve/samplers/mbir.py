@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Keep, State, straight
-from ..linalg import dot
 from ..priors import Prior
 from ..problem import InverseProblem
-from ..random import Randomness, randn_like
+from ..random import Randomness
 from ..shapes import X, per_item
+from ..shards import Shard
 from .core import Progress, gives, image_like, transitions
-from .ztv import SPARSE_VIEW, DataStep
+from .ztv import SPARSE_VIEW, DataStep, slice_noise
 
 MOST_CG_STEPS = 2
 """With more, the data step takes over the noise of the last levels and keeps it."""
@@ -41,6 +41,7 @@ def mbir(
     final: bool = True,
     aspect: float = 1.0,
     periodic: bool = False,
+    shard: Shard | None = None,
     keep: Keep = straight,
     generator: Randomness,
     progress: Progress = iter,
@@ -75,6 +76,8 @@ def mbir(
             entries.
         aspect: a voxel's height over its width.
         periodic: whether the first slice follows the last, as in the published code.
+        shard: which of a larger volume's slices the problem's are, where several
+            processes hold some each.
         keep: where what is carried is kept (`invsolve.checkpoint`).
         generator: where every random number comes from.
         progress: wraps the loop, as ``tqdm`` does.
@@ -90,7 +93,10 @@ def mbir(
             f"cg_steps must be 1 to {MOST_CG_STEPS}, got {cg_steps}: more would lock the "
             "noise of the iterate in; dds3d takes more"
         )
-    step = DataStep.of(problem, rho=rho, lam=lam, aspect=aspect, periodic=periodic)
+    step = DataStep.of(
+        problem, rho=rho, lam=lam, aspect=aspect, periodic=periodic, shard=shard
+    )
+    step.shard.check(prior)
     like = image_like(problem)
     if final:
         step.sensitivity(like)  # refused now rather than after hours
@@ -98,18 +104,22 @@ def mbir(
         low, high = sigma_range or (prior.sigma_min, prior.sigma_max)
         sigmas = torch.linspace(math.log(high), math.log(low), steps).exp()
     sigmas = sigmas.to(like)
-    x = randn_like(like, generator) * (1 + sigmas[0] ** 2).sqrt()
+
+    def drawn(like: X) -> X:
+        return slice_noise(like, "independent", generator, shard)
+
+    x = drawn(like) * (1 + sigmas[0] ** 2).sqrt()
     state: State = {"x": x, "q": step.jumps(like)}
     del like, x
     for sigma, sigma_next in progress(keep(state, generator, transitions(sigmas))):
         x = state["x"]
         room = sigma**2 - sigma_next**2
         x.lerp_(prior.denoise(x, sigma), float(room / sigma**2))
-        x.add_(randn_like(x, generator), alpha=float(room.sqrt()))
+        x.add_(drawn(x), alpha=float(room.sqrt()))
         for _ in range(correctors):
             score = prior.denoise(x, sigma).sub_(x).div_(sigma**2)
-            n = randn_like(x, generator)
-            h = 2 * snr**2 * per_item(dot(n, n) / dot(score, score), x)
+            n = drawn(x)
+            h = 2 * snr**2 * per_item(step.dot(n, n) / step.dot(score, score), x)
             x.addcmul_(score, h.to(x.dtype)).addcmul_(n, (2 * h).sqrt().to(x.dtype))
         step(x, state["q"], cg_steps=cg_steps)
     return step.sirt(state["x"]) if final else state["x"]
