@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 from invsolve import demo as demonstration, io, operators as ops, priors, samplers
 from invsolve.forward_prior import ForwardPrior
 from invsolve.operators import LinearOperator, Noise
+from invsolve.planes import PLANES
 from invsolve.preview import Preview
 from invsolve.priors.latent import LatentPrior
 from invsolve.priors.weights import read_card, sha256
@@ -54,6 +55,7 @@ from invsolve.samplers.solvers import (
     Solver,
 )
 from invsolve.samplers.ztv import MRI, SPARSE_VIEW
+from invsolve.shards import Shard
 from invsolve.simulate import measure
 from invsolve.solve import Solution, solve as run_solve
 from invsolve.speed import Precision
@@ -532,6 +534,7 @@ def solve(
     Writes mean.nii.gz (and mean.png, if it has colours), std.nii.gz (of posterior samples
     only), report.png, report.html and result.json. CT is in HU. A sinogram is (views,
     detectors) or (slices, views, detectors), line integrals of attenuation without a unit.
+    Under torchrun several processes share a volume (dds3d, mbir): see docs/volumes.md.
     """
     _need("nibabel", "matplotlib", "jinja2", *(["skimage"] if truth else []))
     where = _device(device)
@@ -587,7 +590,16 @@ def solve(
     true = _read_truth(truth, m) if truth is not None else None
     kind = getattr(method, "kind", "steered")
     each = samples or (8 if kind == "posterior_sample" else 1)
-    there = where
+    there, shard = where, Shard(len(m.y))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not whole:
+            raise ValueError(
+                f"several processes share a volume, and {sampler} solves slice by slice: "
+                "give --sampler dds3d, or start one process"
+            )
+        if preview is not None:
+            raise ValueError("--preview is of one process: leave it out")
+        where, shard = _shared(where, len(m.y))
     if whole:
         assert loaded is not None
         preset = SPARSE_VIEW if is_ct else MRI
@@ -597,14 +609,19 @@ def solve(
         if (below := card.get("below")) is not None:
             low = _load_prior(below["prior"])
             low = _equivariant(below["prior"], low) if equivariant else low
-        problem, loaded, there = _as_volume(problem, loaded, where, card, low)
+        problem, loaded, there = _as_volume(problem, loaded, where, card, low, shard)
+    mine: dict[str, Any] = {}
+    if shard.count > 1:
+        mine["shard"] = shard
+        if checkpoint is not None:  # each keeps its own
+            checkpoint = checkpoint.with_name(f"{checkpoint.name}.{shard.rank}")
 
     watch = None
     if preview is not None:
         watch = Preview(preview, unit=m.unit, window=limits, spacing=m.spacing)
 
     loops = each if whole else math.ceil(each * len(m.y) / 16)
-    with _bar(sampler, loops, where) as progress:
+    with _bar(sampler, loops, where, shown=shard.rank == 0) as progress:
         solution = run_solve(
             problem,
             loaded,
@@ -617,7 +634,14 @@ def solve(
             watch=watch,
             progress=progress,
             **options,
+            **mine,
         )
+    if shard.count > 1:
+        whole_volume = shard.gather(solution.samples, dim=3)
+        solution = dataclasses.replace(solution, samples=whole_volume)
+        torch.distributed.destroy_process_group()
+        if shard.rank:
+            return
     if watch is not None:
         watch.show(solution.samples[0], priors.AffineMap(1.0, 0.0))
     if whole:
@@ -665,6 +689,7 @@ def solve(
         "precision": precision,
         "prior": None if loaded is None else prior,
         "equivariant": equivariant,
+        "processes": shard.count,
         "operator": {
             k: v for k, v in m.operator.items() if k not in ("angles", "mask")
         },
@@ -1541,6 +1566,7 @@ def _as_volume(
     where: torch.device,
     card: Mapping[str, Any],
     low: priors.Prior | None,
+    shard: Shard,
 ) -> tuple[InverseProblem, priors.Prior, torch.device]:
     """The stack as one volume, and where to hold it: with the network if it fits there.
 
@@ -1548,24 +1574,28 @@ def _as_volume(
         problem: of slices.
         prior: of them, or of so many neighbours.
         where: to compute.
-        card: the prior's, which tells how many slices it sees at once.
+        card: the prior's, which tells how many slices it sees at once, and of which plane.
         low: a prior of slices that knows more below the level that the card tells.
+        shard: which of the slices this process holds.
 
     Raises:
-        ValueError: it fits nowhere, or there are too few slices.
+        ValueError: it fits nowhere, there are too few slices, or processes that hold
+            some each cannot ask the prior.
     """
-    A = ops.SliceWise(problem.linear, len(problem.y))
-    volume = InverseProblem(problem.y[None], A, problem.noise)
+    A = ops.SliceWise(problem.linear, shard.size)
+    volume = InverseProblem(shard.cut(problem.y[None], dim=1), A, problem.noise)
     together = int(card.get("neighbours", 1))
+    axis = PLANES[card.get("plane", "axial")]
     slices = (
-        priors.Slices(prior, device=where)
+        priors.Slices(prior, axis, device=where)
         if together == 1
-        else priors.Groups(prior, together, device=where)
+        else priors.Groups(prior, together, axis=axis, device=where)
     )
     volumes: priors.Prior = slices
     if low is not None:
         at = card["below"]["sigma"] * slices.normalised[1].scale
         volumes = priors.Experts(priors.Slices(low, device=where), slices, at)
+    shard.check(volumes)
     plan, cpu = memory_plan(volume, slices), torch.device("cpu")
     home = where
     if where.type == "cpu":
@@ -1573,8 +1603,22 @@ def _as_volume(
     elif plan.host + plan.network > free_memory(where):
         plan.check(free_memory(cpu), free_memory(where))
         home = cpu
-    typer.echo(f"memory: {plan}", err=True)
+    if shard.rank == 0:
+        each = f" in each of {shard.count} processes" if shard.count > 1 else ""
+        typer.echo(f"memory: {plan}{each}", err=True)
     return volume, volumes, home
+
+
+def _shared(where: torch.device, depth: int) -> tuple[torch.device, Shard]:
+    """Meet the other processes of ``torchrun``: this one's device, and its slices."""
+    backend = "gloo"
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    rank, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    shard = Shard(depth, rank, count)  # refused before anyone waits for anyone
+    torch.distributed.init_process_group(backend)
+    return where, shard
 
 
 def _slice_by_slice(solution: Solution) -> Solution:
@@ -1601,13 +1645,13 @@ def _check_unit(prior: str, unit: io.Unit) -> None:
 
 @contextmanager
 def _bar(
-    what: str, loops: int, device: torch.device
+    what: str, loops: int, device: torch.device, *, shown: bool = True
 ) -> Iterator[Callable[[Iterable], Iterable]]:
     """One progress bar on stderr over all passes of a loop, after a second's work."""
     from tqdm import tqdm
 
     passes = 1 if device.type == "cuda" else loops
-    with tqdm(desc=what, unit="step", delay=1, leave=False) as bar:
+    with tqdm(desc=what, unit="step", delay=1, leave=False, disable=not shown) as bar:
 
         def progress(loop: Iterable) -> Iterator[Any]:
             steps = list(loop)

@@ -340,6 +340,7 @@ def _export(
         predicts=config.optimisation.predicts,
         **_labels(config.data),
         **({"neighbours": n} if (n := config.data.neighbours) > 1 else {}),
+        **({"plane": p} if (p := config.data.plane) != "axial" else {}),
         unit="1/mm" if config.data.unit == "HU" else config.data.unit,
         training={
             "images_seen": seen,

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate, pad
 
 from invsolve import io
 from invsolve.operators import Greyscale
+from invsolve.planes import PLANES
 from invsolve.priors import AffineMap
 from invsolve.units import hu_to_mu
 
@@ -75,6 +76,9 @@ class Data(Section):
     """The part of them that is shown without its colours."""
     flip: bool = True
     """Random left–right mirroring."""
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    """Which slices of a volume (z, y, x): across z, y or x. For `invsolve.priors.Slices`
+    across the same axis."""
     neighbours: int = Field(default=1, gt=0)
     """How many slices of a file that follow one another are the channels of one image,
     for `invsolve.priors.Groups`."""
@@ -91,6 +95,10 @@ class Data(Section):
             raise ValueError("grey is for photographs: set photo_crops")
         if self.labels and (self.photo_crops or self.dims == 3):
             raise ValueError("labels are of slices: leave photo_crops and dims out")
+        if self.plane != "axial" and (
+            self.labels or self.photo_crops or self.dims == 3
+        ):
+            raise ValueError("plane is of slices: labels and dims are not for them")
         if self.neighbours > 1 and (self.labels or self.photo_crops or self.dims == 3):
             raise ValueError("neighbours are slices: labels and dims are not for them")
         return self
@@ -156,9 +164,8 @@ def _slices(files: list[Path], data: Data) -> tuple[Tensor, list[int]]:
         if data.window:
             values = values.clamp(*data.window)
         u = to_prior(hu_to_mu(values) if data.unit == "HU" else values)
-        if data.dims == 3:
-            u = u[None]
-        elif len(u) < data.neighbours:
+        u = u[None] if data.dims == 3 else u.movedim(PLANES[data.plane], 0)
+        if len(u) < data.neighbours:
             raise ValueError(f"{path} has fewer slices than data.neighbours")
         u = u.unfold(0, data.neighbours, 1).movedim(-1, 1)
         foreground = (u > FOREGROUND).flatten(2).float().mean(2).amin(1)

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -262,6 +263,42 @@ def test_a_stack_as_one_volume(sampler, measured, prior, phantom, tmp_path, caps
     assert image.values.shape == (2, 32, 32)
     assert image.spacing == pytest.approx((3.0, 8.0, 8.0))
     assert "The volume" in (out / "report.html").read_text()
+
+
+def test_two_processes_share_a_volume(
+    phantom, prior, refused, monkeypatch, tmp_path, capsys
+):
+    """One process's volume, by torchrun; one of them writes."""
+    y, out = tmp_path / "y.npz", tmp_path / "out"
+    run("simulate", phantom, "-o", y, "--views", 12, "--slices", "0:3")
+    options = ["--sampler", "dds3d", "--prior", prior, "--steps", 3, "--device", "cpu"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words += ["--nproc-per-node", "2", "-m", "invsolve.cli", "solve", y, "-o", out]
+    words += [*options, "--checkpoint", tmp_path / "kept"]
+    process = subprocess.run(
+        list(map(str, words)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=500,
+    )
+    assert process.returncode == 0, process.stderr.decode()
+    assert process.stdout.decode().count("wrote") == 1
+    assert {p.name for p in tmp_path.glob("kept*")} == {"kept.0", "kept.1"}
+    run("solve", y, "-o", tmp_path / "alone", *options)
+    both, alone = (io.read(p / "mean.nii.gz") for p in (out, tmp_path / "alone"))
+    assert np.array_equal(both.affine, alone.affine)
+    close = 1e-5 * float(alone.values.abs().max())
+    torch.testing.assert_close(both.values, alone.values, rtol=0, atol=close)
+    record = json.loads((out / "result.json").read_text())
+    assert record["settings"]["processes"] == 2
+
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    other = ("solve", y, "-o", tmp_path / "other", "--prior", prior)
+    assert "several processes share" in refused(*other, "--sampler", "dds")
+    assert "would hold no slice of 3" in refused(*other, "--sampler", "dds3d")
+    shown = ("--preview", tmp_path / "now.png")
+    assert "leave it out" in refused(*other, "--sampler", "dds3d", *shown)
 
 
 def test_a_prior_of_neighbours_sees_them_together(

@@ -167,6 +167,32 @@ def test_neighbours_are_channels(tmp_path: Path) -> None:
         data_of(tmp_path, neighbours=3, dims=3)
 
 
+@pytest.mark.parametrize("plane", ["coronal", "sagittal"])
+def test_slices_of_another_plane(plane: Any, tmp_path: Path) -> None:
+    """They are those that `Slices` across the same axis shows the network."""
+    x = 0.5 + torch.rand(8, 16, 24, generator=Generator().manual_seed(0))
+    np.save(tmp_path / "a.npy", x.numpy())
+    images = load(tmp_path, data_of(tmp_path, plane=plane), Generator()).float()
+    axis = {"coronal": 1, "sagittal": 2}[plane]
+    shown: list[Tensor] = []
+
+    class Seen(priors.Prior):
+        sigma_min, sigma_max = 0.01, 1.0
+
+        def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+            shown.append(x)
+            return x
+
+    volume = priors.Slices(Seen(), axis, chunk=99)
+    volume.denoise(x[None, None], torch.tensor(0.1))
+    torch.testing.assert_close(images, shown[0], rtol=1e-3, atol=1e-3)
+    config = config_of(data_of(tmp_path, plane=plane), {})
+    card = train(config, tmp_path / "out", seed=0)
+    assert json.loads(card.read_text())["plane"] == plane
+    with pytest.raises(ValueError, match="plane is of slices"):
+        data_of(tmp_path, plane=plane, dims=3)
+
+
 def test_labels_are_the_subfolders(two_classes: Path) -> None:
     data = data_of(two_classes, classes=True)
     images, labels, classes = load_classes(two_classes, data, Generator())
