@@ -18,7 +18,7 @@ kept as it comes, so that a run which was stopped goes on.
 import argparse
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -214,7 +214,7 @@ def experts(args: argparse.Namespace) -> None:
         psnrs = (10 * ((2 * MU_WATER) ** 2 / mean).log10()).tolist()
         rows.append({"sigma": level, "slices": psnrs[0], "neighbours": psnrs[1]})
         print(rows[-1], flush=True)
-    results["experts"] = {"volumes": len(found), "rows": rows}
+    results["experts"] = {"volumes": len(found), "rows": rows, "date": today()}
     keep(results)
 
 
@@ -342,13 +342,21 @@ def load() -> dict[str, Any]:
 
 def keep(results: dict[str, Any]) -> None:
     """Write it, whole or not at all."""
-    results["machine"], results["date"] = (
-        machine(),
-        datetime.now(UTC).date().isoformat(),
-    )
+    results["machine"] = machine()
     text = json.dumps(results, indent=1) + "\n"
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     io.replace(RESULTS, lambda p: Path(p).write_text(text))
+
+
+def today() -> str:
+    """A result's date."""
+    return datetime.now(UTC).date().isoformat()
+
+
+def dates(rows: Iterable[Mapping[str, Any]]) -> str:
+    """When these were measured: from the first to the last."""
+    days = sorted({row["date"] for row in rows})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def best(results: dict[str, Any], method: str, kind: str) -> dict[str, Any]:
@@ -469,6 +477,7 @@ def run(args: argparse.Namespace) -> None:
                     "passes": solution.stats.network_forwards,
                     "seconds": solution.stats.seconds,
                     "settings": settings,
+                    "date": today(),
                     **row,
                 }
                 KEPT.mkdir(parents=True, exist_ok=True)
@@ -506,6 +515,7 @@ def depth(args: argparse.Namespace) -> None:
             "peak": peak,
             "seconds": held[-1].stats.seconds / 2,
             "overhead": held[-1].stats.overhead,
+            "date": today(),
         }
         print(name, results["depth"][name], flush=True)
         keep(results)
@@ -534,7 +544,7 @@ def whole(args: argparse.Namespace) -> None:
             "passes": solution.stats.network_forwards,
             "seconds": solution.stats.seconds,
             "threads": torch.get_num_threads(),
-            "date": datetime.now(UTC).date().isoformat(),
+            "date": today(),
             "machine": machine(),
             **row,
         }
@@ -604,7 +614,7 @@ def table(results: dict[str, Any]) -> str:
         "seconds for a volume, in bf16, on a machine that did other work as well. One draw "
         "each; settings searched on a patient (a head) apart. "
         "¹ Of the first volume alone. "
-        f"{results['date']}, {results['machine']}, seed 0. Made by "
+        f"{dates(runs)}, {results['machine']}, seed 0. Made by "
         "`python benchmarks/volumes.py run`.",
     ]
     return "\n".join(lines)
@@ -625,7 +635,8 @@ def memory(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"`dds3d`, 8 views, float32. {results['date']}, {results['machine']}, doing other "
+        f"`dds3d`, 8 views, float32. {dates(results['depth'].values())}, "
+        f"{results['machine']}, doing other "
         "work as well. Made by `python benchmarks/volumes.py depth`.",
     ]
     return "\n".join(lines)
@@ -648,8 +659,9 @@ def as_a_whole(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"{some['depth']} slices of 128×128 of one held-out patient, PSNR / SSIM as above; "
-        f"seconds with {some['threads']} thread(s), beside other work. {some['date']}, "
-        f"{some['machine']}. Made by `python benchmarks/volumes.py whole`.",
+        f"seconds with {some['threads']} thread(s), beside other work. "
+        f"{dates(rows.values())}, {some['machine']}. "
+        "Made by `python benchmarks/volumes.py whole`.",
     ]
     return "\n".join(lines)
 
@@ -671,7 +683,7 @@ def by_level(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"PSNR in dB of denoising {results['experts']['volumes']} stacks of patients for "
-        f"tuning, σ in the network's range (1 is water). {results['date']}, "
+        f"tuning, σ in the network's range (1 is water). {results['experts']['date']}, "
         f"{results['machine']}. Made by `python benchmarks/volumes.py experts`.",
     ]
     return "\n".join(lines)

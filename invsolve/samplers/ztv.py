@@ -159,10 +159,8 @@ class DataStep:
     def sensitivity(self, like: X) -> X:
         """AᴴW A 1 of a volume of ones, or a ValueError where it is negative."""
         seen = self._adjoint(self.operator.apply(torch.ones_like(like)))
-        most, least = (
-            self.shard.most(seen.real.max()),
-            -self.shard.most(-seen.real.min()),
-        )
+        most = self.shard.most(seen.real.max())
+        least = -self.shard.most(-seen.real.min())
         if least < -1e-4 * most:
             raise ValueError(
                 "the last step, of SIRT, needs an operator without negative entries: "
@@ -191,14 +189,14 @@ class DataStep:
             x, value = Mx, self.dot(x, Mx)
         return value
 
-    def _adjoint(self, y: Tensor) -> X:
-        """AᴴW y, in memory of its own."""
-        return self.operator.adjoint(self.weight * y)
-
     def dot(self, a: X, b: X) -> PerItem:
         """Re⟨a, b⟩ of volumes, slice by slice, which needs no volume of products."""
         slices = zip(a.unbind(2), b.unbind(2), strict=True)
         return self.shard.sum(torch.stack([dot(*pair) for pair in slices]).sum(0))
+
+    def _adjoint(self, y: Tensor) -> X:
+        """AᴴW y, in memory of its own."""
+        return self.operator.adjoint(self.weight * y)
 
     def _count(self, x: X) -> int:
         """How many jumps begin here: one for each slice that another follows."""
