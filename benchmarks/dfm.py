@@ -15,6 +15,7 @@ trained on images. Each result is kept as it comes; the same call goes on.
 import argparse
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -186,7 +187,7 @@ def methods(
             more = {"steps": STEPS, "lam": zeta}
             return solved(test, prior, samplers.diffpir, g, n, **more)
 
-        grid = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+        grid = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
         lam = tuned("Ambient", grid, lambda test, v: by(test, v)[0][0])
         return by(test, lam, n)
 
@@ -472,7 +473,7 @@ def picture(args: argparse.Namespace) -> None:
             axes[i, j].imshow(x[i, 0].float(), cmap="gray", vmin=0, vmax=high)
             axes[i, j].set_axis_off()
             if i == 0:
-                axes[i, j].set_title(name.replace(", ", ",\n"), fontsize=6)
+                axes[i, j].set_title(textwrap.fill(name, 20), fontsize=6)
     figure.savefig(args.docs.parent / f"dfm-{args.kind}.png", dpi=110)
 
 
