@@ -25,7 +25,7 @@ class Shard:
         count: how many processes there are.
 
     Raises:
-        ValueError: there are more processes than slices.
+        ValueError: there are more processes than slices, or no such process.
     """
 
     depth: int
@@ -33,10 +33,11 @@ class Shard:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.count <= self.depth:
+        if not 0 <= self.rank < self.count:
+            raise ValueError(f"rank must be 0 to {self.count - 1}, got {self.rank}")
+        if self.count > self.depth:
             raise ValueError(
-                f"process {self.rank} of {self.count} would hold no slice of "
-                f"{self.depth}: start fewer"
+                f"{self.count} processes cannot share {self.depth} slices: start fewer"
             )
 
     @classmethod

@@ -296,7 +296,7 @@ def test_two_processes_share_a_volume(
         monkeypatch.setenv(name, value)
     other = ("solve", y, "-o", tmp_path / "other", "--prior", prior)
     assert "several processes share" in refused(*other, "--sampler", "dds")
-    assert "would hold no slice of 3" in refused(*other, "--sampler", "dds3d")
+    assert "4 processes cannot share 3" in refused(*other, "--sampler", "dds3d")
     shown = ("--preview", tmp_path / "now.png")
     assert "leave it out" in refused(*other, "--sampler", "dds3d", *shown)
 

@@ -102,8 +102,10 @@ def test_a_shard_is_of_slices_that_follow_one_another() -> None:
 
 
 def test_what_a_shard_refuses() -> None:
-    with pytest.raises(ValueError, match="process 2 of 3 would hold no slice of 2"):
+    with pytest.raises(ValueError, match="3 processes cannot share 2 slices"):
         Shard(2, 2, 3)
+    with pytest.raises(ValueError, match="rank must be 0 to 2, got 3"):
+        Shard(8, 3, 3)
     with pytest.raises(ValueError, match="start with torchrun"):
         Shard.here(8)
     with pytest.raises(ValueError, match="of 16 slices expected along dim 2"):
