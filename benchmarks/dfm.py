@@ -376,11 +376,9 @@ def exact(args: argparse.Namespace) -> None:
     tail = [
         "",
         f"Relative Frobenius errors of the covariance of {MANY} draws, seed {args.seed}; "
-        f"{datetime.now(UTC).date().isoformat()}, {machine()}. Made by `python "
-        "benchmarks/dfm.py exact`.",
+        f"{made('exact')}",
     ]
-    begin, end = "<!-- dfm-exact: begin -->", "<!-- dfm-exact: end -->"
-    put(args.docs, "\n".join([*head, *lines, *tail]), begin, end)
+    between(args, "exact", [*head, *lines, *tail])
 
 
 CG_STEPS = (20, 50, 100)
@@ -409,12 +407,21 @@ def operator(args: argparse.Namespace) -> None:
         "",
         f"Root mean square of A x − z over the noise's σ, z noise-free; and PSNR in dB of "
         f"least squares from all {ct_beam().measurement_shape[0]} views of z by so many "
-        f"steps of conjugate gradients. {len(x.x)} images, "
-        f"{datetime.now(UTC).date().isoformat()}, {machine()}. Made by `python "
-        "benchmarks/dfm.py operator`.",
+        f"steps of conjugate gradients. {len(x.x)} images, {made('operator')}",
     ]
-    begin, end = "<!-- dfm-operator: begin -->", "<!-- dfm-operator: end -->"
-    put(args.docs, "\n".join([*head, *lines, *tail]), begin, end)
+    between(args, "operator", [*head, *lines, *tail])
+
+
+def made(part: str) -> str:
+    """When, where and by what."""
+    today = datetime.now(UTC).date().isoformat()
+    return f"{today}, {machine()}. Made by `python benchmarks/dfm.py {part}`."
+
+
+def between(args: argparse.Namespace, name: str, lines: list[str]) -> None:
+    """Put lines between a table's marks."""
+    marks = (f"<!-- dfm-{name}: {k} -->" for k in ("begin", "end"))
+    put(args.docs, "\n".join(lines), *marks)
 
 
 def docs(args: argparse.Namespace) -> None:
@@ -445,8 +452,7 @@ def docs(args: argparse.Namespace) -> None:
             f"{found['exams']}. Chosen on other patients: {best}. {found['date']}, "
             f"{found['machine']}, seed 0.",
         ]
-        begin, end = f"<!-- dfm-{kind}: begin -->", f"<!-- dfm-{kind}: end -->"
-        put(args.docs, "\n".join(lines), begin, end)
+        between(args, kind, lines)
 
 
 def _mean(values: list[float]) -> float:
