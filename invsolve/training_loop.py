@@ -1,8 +1,9 @@
 """The training loop: averaged weights, a learning rate that falls, runs that can be cut.
 
-θ ← AdamW(θ, ∇ 1/n Σᵢ ℓᵢ(θ)) and θ̄ ← d θ̄ + (1 − d) θ, of which θ̄ is kept. A batch of n
-is drawn whole, from one generator, and only then divided; so the result does not depend,
-beyond rounding, on how it was divided.
+θ ← θ − r η U(∇ 1/n Σᵢ ℓᵢ(θ)), where U is AdamW's or Muon's step (`training_descent`), and
+θ̄ ← d θ̄ + (1 − d) θ, of which θ̄ is kept. A batch of n is drawn whole, from one generator,
+and only then divided; so the result does not depend, beyond rounding, on how it was
+divided.
 """
 
 import csv
@@ -23,6 +24,7 @@ from invsolve import io
 from invsolve.priors.parameterisation import Predicts
 from invsolve.priors.unet import laid_out
 from invsolve.training_data import Section
+from invsolve.training_descent import Descends, Descent
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 Stop = Callable[[], bool]
@@ -39,6 +41,8 @@ class Optimisation(Section):
     crop_batch: int = Field(default=16, gt=0)
     crop_part: float = Field(default=0.7, ge=0, le=1)
     """The part of the run that sees crops, if there are any."""
+    optimizer: Descends = "adamw"
+    """Or ``muon``, which learns more from a step, and takes a little longer for it."""
     lr: float = Field(default=6e-4, gt=0)
     warmup: int = Field(default=300, gt=0)
     """Steps over which the learning rate rises."""
@@ -135,7 +139,8 @@ def fit(
         plan: in how many steps.
         checkpoint: a file with all that is needed to go on.
         table: a file (CSV) of losses and measurements against images seen.
-        told: what the network is; a checkpoint of another is refused.
+        told: what the network is; a checkpoint of another, or of another optimizer, is
+            refused.
         seed: of the weights, the data's order and the noise.
         device: where; the CPU unless given.
         every: images between two checkpoints; a fiftieth of all unless given.
@@ -155,20 +160,19 @@ def fit(
         torch.manual_seed(seed)
         net = laid_out(task.make().to(device), opt.channels_last)
     ema = AveragedModel(net, avg_fn=warm_ema(opt.ema))
-    adam = torch.optim.AdamW(
-        net.parameters(), opt.lr, betas=(0.9, 0.99), weight_decay=0
-    )
+    descent = Descent(net, opt.optimizer, opt.lr)
+    told = {**told, "optimizer": opt.optimizer}
     generator = Generator().manual_seed(seed)
     first, history, running = 0, [], []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         if state["told"] != told:
             raise ValueError(
-                f"{checkpoint} is of another network: choose another --out"
+                f"{checkpoint} is of another network or optimizer: choose another --out"
             )
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
-        adam.load_state_dict(state["adam"])
+        descent.load_state_dict(state["descent"])
         generator.set_state(state["generator"].cpu())
         first, history = state["step"], state["history"]
         running = list(state["running"])
@@ -186,7 +190,7 @@ def fit(
             "told": told,
             "net": net.state_dict(),
             "ema": ema.state_dict(),
-            "adam": adam.state_dict(),
+            "descent": descent.state_dict(),
             "generator": generator.get_state(),
             "step": step,
             "history": history,
@@ -198,9 +202,7 @@ def fit(
 
     step = first
     for step in progress(range(first, plan.steps)):
-        for group in adam.param_groups:
-            group["lr"] = opt.lr * plan.rate(step)
-        adam.zero_grad(set_to_none=True)
+        descent.zero_grad()
         rows = task.batch(step, generator)
         mine = parts(rows, n_parts)[processes.rank :: processes.count]
         losses = []
@@ -213,7 +215,7 @@ def fit(
                 loss.backward()
             losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        adam.step()
+        descent.step(plan.rate(step))
         ema.update_parameters(net)
         running.append(processes.mean(torch.stack(losses).sum()))
         before, seen = plan.seen(step), plan.seen(step + 1)

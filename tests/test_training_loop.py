@@ -27,7 +27,8 @@ def task() -> Task:
         return (net(x) - x / 2).square().mean()
 
     def make() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 1))
+        first, last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        return nn.Sequential(first, nn.Conv2d(4, 4, 1), last)
 
     def measure(net: nn.Sequential) -> list[float]:
         return [float(next(net.parameters()).detach().sum())]
@@ -121,13 +122,17 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, where: str) -> None:
         curve_is(events(cut / "board"), "loss", rows[:, 0].tolist(), rows[:, 1])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("steps", [3, 4])
-def test_a_stopped_run_loses_nothing(tmp_path: Path, steps: int) -> None:
+def test_a_stopped_run_loses_nothing(
+    tmp_path: Path, steps: int, optimizer: str
+) -> None:
     """Stopped at a checkpoint or between two, the table's means too are the same."""
-    whole = run(tmp_path / "whole")
+    whole = run(tmp_path / "whole", optimizer=optimizer)
     asked = iter(range(1, 100))
     opt = Optimisation.model_validate(
         {"images": 160, "batch": 8, "warmup": 5, "lr": 1e-2, "ema": 0.9}
+        | {"optimizer": optimizer}
     )
     cut = tmp_path / "cut"
     _, done = fit(
@@ -142,7 +147,7 @@ def test_a_stopped_run_loses_nothing(tmp_path: Path, steps: int) -> None:
     )
     assert not done
     assert torch.load(cut / "net.pt", weights_only=True)["step"] == steps
-    assert same(whole, run(cut))
+    assert same(whole, run(cut, optimizer=optimizer))
     tables = [(folder / "net.csv").read_bytes() for folder in (tmp_path / "whole", cut)]
     assert tables[0] == tables[1]
 
