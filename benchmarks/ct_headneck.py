@@ -25,6 +25,7 @@ from tqdm import tqdm
 import invsolve as iv
 from invsolve import io
 from invsolve.demo import COUNTS, VIEWS, Comparison, compare
+from invsolve.priors.weights import read_card
 
 TUNING_PATIENTS = 9
 HEIGHTS = (0.3, 0.7)
@@ -122,8 +123,8 @@ def table(result: dict) -> str:
         f"{result['views']} views, {result['counts']:,.0f} photons a ray, on a grid three "
         "times finer. PSNR (data range 2000 HU) and SSIM over the body, mean ± standard "
         f"deviation over slices; passes and seconds for one slice. {result['date']}, "
-        f"{result['machine']}{busy}, seed {result['seed']}. Made by "
-        f"`{result['command']}`.",
+        f"{result['machine']}{busy}, seed {result['seed']}, weights "
+        f"{result['weights']}. Made by `{result['command']}`.",
     ]
     return "\n".join(lines)
 
@@ -139,8 +140,8 @@ def beside(result: dict, plain: dict) -> str:
     lines += [
         "",
         f"PSNR in dB of the README's {result['slices']} slices with the same seed and the "
-        f"same passes. {told[0]}; {told[1]}. Made by `{plain['command']}` and "
-        f"`{result['command']}`.",
+        f"same passes, weights {result['weights']}. {told[0]}; {told[1]}. Made by "
+        f"`{plain['command']}` and `{result['command']}`.",
     ]
     return "\n".join(lines)
 
@@ -194,6 +195,7 @@ def main() -> None:
     patients = f" --patients {args.patients}" if args.patients else ""
     told = (" --plain" if args.plain else " --readme README.md") + " --busy" * args.busy
     result["busy"] = args.busy
+    result["weights"] = read_card(args.prior)[0]["sha256"][:8]
     result["command"] = f"python benchmarks/ct_headneck.py{patients}{told}"
     print(table(result))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -204,7 +206,11 @@ def main() -> None:
     if args.readme:
         put(args.readme, table(result), BEGIN, END)
         plain = json.loads((args.out / f"{stem}-plain.json").read_text())
-        put(args.readme.parent / "docs" / "priors.md", beside(result, plain), *BESIDE)
+        if plain["weights"] == result["weights"]:
+            page = args.readme.parent / "docs" / "priors.md"
+            put(page, beside(result, plain), *BESIDE)
+        else:
+            print("--plain is of other weights: docs/priors.md stays as it is")
 
 
 if __name__ == "__main__":

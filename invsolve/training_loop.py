@@ -42,7 +42,7 @@ class Optimisation(Section):
     crop_part: float = Field(default=0.7, ge=0, le=1)
     """The part of the run that sees crops, if there are any."""
     optimizer: Descends = "adamw"
-    """Or ``muon``, which learns more from a step, and takes a little longer for it."""
+    """Or ``muon``: see `training_descent`."""
     lr: float = Field(default=6e-4, gt=0)
     warmup: int = Field(default=300, gt=0)
     """Steps over which the learning rate rises."""
