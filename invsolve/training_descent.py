@@ -57,8 +57,8 @@ class Descent:
     def step(self, rate: float) -> None:
         """One step down the gradients, of r = ``rate``."""
         for kernel, matrix in self.pairs:
-            if (grad := kernel.grad) is not None:
-                matrix.grad = _matrix(grad, kernel)
+            grad = kernel.grad
+            matrix.grad = None if grad is None else _matrix(grad, kernel)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * rate
