@@ -471,6 +471,10 @@ def solve(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A sampler's option; repeat."),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="An image to begin with, such as another run's mean.nii.gz."),
+    ] = None,
     truth: Annotated[
         Path | None, typer.Option(help="The true image, to compare with.")
     ] = None,
@@ -572,6 +576,8 @@ def solve(
         raise ValueError(f"cannot solve {measurements}: {error}") from error
     is_ct = m.operator["name"] in TOMOGRAPHY
     options = _options(sampler, method, set_ or [], steps, tuned=is_ct)
+    if init is not None:
+        options["init"] = _begin(init, m, sampler, method)
     loaded = None
     if demonstration.needs_prior(method):
         loaded = _load_prior(prior)
@@ -587,7 +593,7 @@ def solve(
         raise ValueError(
             f"--preview shows a network's answers, and {sampler} asks none: leave it out"
         )
-    true = _read_truth(truth, m) if truth is not None else None
+    true = _read_slices(truth, m) if truth is not None else None
     kind = getattr(method, "kind", "steered")
     each = samples or (8 if kind == "posterior_sample" else 1)
     there, shard = where, Shard(len(m.y))
@@ -650,6 +656,8 @@ def solve(
         as_slices = solution.samples.movedim(2, 1)
         solution = dataclasses.replace(solution, samples=as_slices)
     options = {k: str(v) if isinstance(v, Solver) else v for k, v in options.items()}
+    if init is not None:
+        options["init"] = f"{init.name}, sha256 {sha256(init)}"
     result = Result.of(sampler, solution, m.unit, true, options, colour=colour)
     simulated = bool(m.note.get("simulated", False))
     source = {"file": measurements.name, "sha256": sha256(measurements)}
@@ -1472,8 +1480,8 @@ def _has_colours(m: io.Measurements) -> bool:
     return m.note.get("colour") is True
 
 
-def _read_truth(path: Path, m: io.Measurements) -> Tensor:
-    """The true slices in the unit that is shown, those that were measured."""
+def _read_slices(path: Path, m: io.Measurements, what: str = "truth") -> Tensor:
+    """The slices that were measured, of an image, in the unit that is shown."""
     unit = shown_unit(m.unit)
     image = io.read(path, colour=_has_colours(m))
     if unit == "HU" and image.unit == "" and image.values.abs().max() <= 1:
@@ -1488,10 +1496,27 @@ def _read_truth(path: Path, m: io.Measurements) -> Tensor:
     if tuple(values.shape) != (n, *shape):
         expected = "×".join(map(str, (n, *shape)))
         raise ValueError(
-            f"the truth {path} gives {'×'.join(map(str, values.shape))} voxels, the "
+            f"the {what} {path} gives {'×'.join(map(str, values.shape))} voxels, the "
             f"measurements {expected}: give the image they are of"
         )
     return values
+
+
+def _begin(
+    path: Path, m: io.Measurements, name: str, sampler: Callable[..., Tensor]
+) -> Tensor:
+    """The image that a sampler begins with, as it is solved for."""
+    if "init" not in inspect.signature(sampler).parameters:
+        able = [
+            k for k, f in SAMPLERS.items() if "init" in inspect.signature(f).parameters
+        ]
+        raise ValueError(
+            f"{name} takes no --init: choose from {', '.join(able)}, or leave it out"
+        )
+    values = _read_slices(path, m, "image")
+    if m.unit == "1/mm":
+        values = hu_to_mu(values)
+    return values[None] if _has_colours(m) else values[:, None]
 
 
 def _read_scan(path: Path, unit: io.Unit) -> io.Image:

@@ -144,7 +144,9 @@ def solve(
             takes a ``keep`` (those of volumes do): a cut then costs no more than these.
         progress: wraps the sampler's loop, as ``tqdm`` does.
         **options: the sampler's own; a misspelt one is a TypeError. An image as
-            ``init`` is in the image's own unit, one for each item.
+            ``init`` is in the image's own unit, one for each item; so is what another
+            method makes of the problem, ``init=partial(samplers.tv, lam=20.0)``, which
+            is asked once, whatever ``samples``.
 
     Raises:
         ValueError: the prior cannot take the problem's images, ``init`` is not one
@@ -175,6 +177,9 @@ def solve(
         prior.check(tuple(like.shape[1:]))
         volumes = like.ndim == 5
         del like  # which would be one volume more until the end
+    local = InverseProblem(local.y, counted(local.operator, tally), local.noise)
+    if callable(init):
+        init = options["init"] = init(local)
     map, inner, recorder = AffineMap(1.0, 0.0), None, None
     if prior is not None:
         inner, map = prior.to(device).normalised
@@ -184,7 +189,6 @@ def solve(
         inner = RecordedPrior(inner, recorder)
     if inner is not None and watch is not None:
         inner = WatchedPrior(inner, watch, map)
-    local = InverseProblem(local.y, counted(local.operator, tally), local.noise)
     local = local.seen_through(map)
 
     items = torch.arange(len(problem.y)).repeat(samples)

@@ -3,7 +3,11 @@
 Minimise E ‖F(c_in x_σ; c_noise) − (x₀ − c_skip x_σ)/c_out‖² with x_σ = x₀ + σn, which is
 the loss of Karras et al. 2022 (eq. 8) with the weight 1/c_out². By the coefficients F
 predicts EDM's mixture, the noise, the image or a rectified flow: see
-`invsolve.priors.parameterisation.preconditioning`.
+`invsolve.priors.parameterisation.preconditioning`. So weighed, a network that predicts the
+image learns little of small noise, and one that predicts the noise little of large: with
+``weighting = "snr+1"`` the loss is ‖D − x₀‖² (1/σ² + 1/σ_d²) of them all, as EDM's is
+(Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR
+2022, §4).
 """
 
 import json
@@ -175,10 +179,11 @@ def begun(net: UNet, config: TrainConfig) -> UNet:
     """The network with the weights of ``config.start``, if there is one to begin with.
 
     It may have more channels. F of these begins at zero, and the rest of F does not see
-    them: they begin independent of the image, as Gaussian noise of √v = sigma_data.
+    them: they begin independent of the image, as Gaussian noise of √v = sigma_data. It may
+    predict something else: then F begins wrong, but with features that are of use.
 
     Raises:
-        ValueError: that prior's network, range or preconditioning is another.
+        ValueError: that prior's network, range or sigma_data is another.
     """
     if not config.start:
         return net
@@ -191,13 +196,12 @@ def begun(net: UNet, config: TrainConfig) -> UNet:
         and isinstance(old, UNet)
         and replace(old.config, channels=net.config.channels) == net.config
         and not net.config.positions
-        and prior.predicts == opt.predicts
         and _listed(prior.sigma_data, n) == _listed(opt.sigma_data, n)
         and to_unit == AffineMap(config.data.scale, config.data.offset)
     ):
         raise ValueError(
             f"{config.start} cannot be begun with: its network (but for channels, and "
-            "without positions), scale, offset, predicts or sigma_data is another"
+            "without positions), scale, offset or sigma_data is another"
         )
     weights = net.state_dict()
     for name, part in old.state_dict().items():
@@ -212,16 +216,19 @@ def _listed(sigma_data: SigmaData, channels: int) -> tuple[float, ...]:
 
 
 def noised(x0: Tensor, opt: Optimisation, generator: Generator) -> Batch:
-    """c_in x_σ, c_noise and F's target, at log-normal levels stratified over the batch."""
+    """c_in x_σ, c_noise, F's target and weight, at log-normal levels stratified over it."""
     sigma = per_item(log_normal(len(x0), opt, generator), x0)
     x = x0 + sigma * randn_like(x0, generator)
     data = each_channel(opt.sigma_data, x0)
     skip, scale, into, level = preconditioning(opt.predicts, sigma, data)
-    return {
+    rows = {
         "x": into * x,
         "c_noise": level.flatten(),
         "target": (x0 - skip * x) / scale,
     }
+    if opt.weighting == "snr+1":
+        rows["weight"] = scale**2 * (1 / sigma**2 + 1 / data**2)
+    return rows
 
 
 def log_normal(n: int, opt: Optimisation, generator: Generator) -> Float[Tensor, " n"]:
@@ -232,12 +239,17 @@ def log_normal(n: int, opt: Optimisation, generator: Generator) -> Float[Tensor,
 
 
 def matching(
-    net: Callable[..., Tensor], target: Tensor, bf16: bool, **told: Tensor
+    net: Callable[..., Tensor],
+    target: Tensor,
+    bf16: bool,
+    weight: Tensor | None = None,
+    **told: Tensor,
 ) -> Tensor:
-    """The mean of ‖F(c_in x_σ; c_noise) − target‖²."""
+    """The mean of ‖F(c_in x_σ; c_noise) − target‖², weighed if there is a weight."""
     with torch.autocast(target.device.type, torch.bfloat16, enabled=bf16):
         out = net(**told)
-    return (out.float() - target).square().mean()
+    square = (out.float() - target).square()
+    return (square if weight is None else weight * square).mean()
 
 
 LEVELS = (0.05, 0.2, 0.8)

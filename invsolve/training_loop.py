@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -50,6 +50,8 @@ class Optimisation(Section):
     """The last part of the run, over which the learning rate falls to zero."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     predicts: Predicts = "edm"
+    weighting: Literal["plain", "snr+1"] = "plain"
+    """Of the noise levels in the loss: F's own, or EDM's whatever F predicts."""
     sigma_data: PositiveFloat | tuple[PositiveFloat, ...] = 0.5
     """One for all channels, or one for each: then all of them weigh the same."""
     log_sigma_mean: float = -1.4

@@ -121,6 +121,22 @@ def test_simulate_and_solve(measured, phantom, prior, tmp_path, capsys):
     assert len(record["input"]["sha256"]) == 64 and record["versions"]["torch"]
 
 
+def test_it_begins_with_another_run_s_image(measured, prior, tmp_path):
+    """RED-diff with steps of no length stays where it began."""
+    first, then = tmp_path / "first", tmp_path / "then"
+    run("solve", measured, "-o", first, "--sampler", "tv", "--set", "lam=30")
+    begin = first / "mean.nii.gz"
+    run(
+        *("solve", measured, "-o", then, "--prior", prior, "--sampler", "reddiff"),
+        *("--steps", 2, "--set", "lr=0", "--set", "optimizer=sgd", "--samples", 1),
+        *("--init", begin),
+    )
+    made, expected = (io.read(f / "mean.nii.gz").values for f in (then, first))
+    torch.testing.assert_close(made, expected, atol=0.1, rtol=1e-5)
+    record = json.loads((then / "result.json").read_text())
+    assert "mean.nii.gz, sha256 " in record["settings"]["options"]["init"]
+
+
 def test_the_same_seed_gives_the_same(measured, phantom, prior, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run("simulate", phantom, "-o", tmp_path / f"{name}.npz", "--seed", seed)
@@ -551,6 +567,7 @@ def test_train(phantom, tmp_path, monkeypatch):
         (["solve", "Y", "-o", "out", "--window", "240,-160"], "the smaller"),
         (["solve", "Y", "-o", "out", "--pixel-mm", "3"], "is for a sinogram"),
         (["solve", "Y", "-o", "out", "--truth", "none.nii.gz"], "there is no file"),
+        (["solve", "Y", "-o", "out", "--init", "PHANTOM"], "dds takes no --init"),
         (["solve", "Y", "-o", "out", "--seed", "-1"], "--seed"),
         (["solve", "Y", "-o", "PHANTOM"], "is a file"),
         (["solve", "Y", "-o", "FULL"], "is not empty"),
@@ -609,6 +626,10 @@ def test_bad_files_are_one_line(refused, measured, prior, phantom, tmp_path):
     other = tmp_path / "truth.npy"
     np.save(other, np.zeros((2, 16, 16), dtype=np.float32))
     assert "the measurements 2×32×32" in solve(measured, "--truth", other)
+    begin = ("--sampler", "pnp", "--init", other)
+    assert "the measurements 2×32×32" in solve(measured, *begin)
+    np.save(other, np.full((2, 32, 32), np.nan, dtype=np.float32))
+    assert "NaN or infinite" in solve(measured, *begin)
     grey = make_prior(tmp_path, "grey", "")
     error = refused("solve", measured, "-o", out, "--prior", grey)
     assert "the prior" in error and "no unit" in error

@@ -400,6 +400,21 @@ def test_where_it_starts(
     torch.testing.assert_close(got, real([start]))
 
 
+def test_it_starts_where_another_method_ends(generator: Generator) -> None:
+    problem = InverseProblem(
+        Y_SEEN[None], Matrix(real([[2.0, 0.0]])), GaussianNoise(SIGMA_Y)
+    )
+    got = reddiff(
+        problem,
+        PRIOR,
+        steps=1,
+        lr=0.0,
+        init=lambda p: p.linear.adjoint(p.y) / 2,
+        generator=generator,
+    )
+    torch.testing.assert_close(got, real([[1.5, 0.0]]))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_options(preset: str, generator: Generator) -> None:
     mu = reddiff(

@@ -502,6 +502,36 @@ def test_an_init_is_split_by_chunks_and_is_in_the_image_s_unit(
         close(other.samples, whole.samples)
 
 
+@pytest.mark.parametrize("sampler", [samplers.reddiff, samplers.pnp, samplers.red])
+def test_an_init_may_be_what_another_method_makes_of_it(
+    sampler: Any, generator: Generator
+) -> None:
+    """Of the problem in the image's own unit, once, and counted."""
+    problem, inner = inpainting(generator, batch=3)
+    prior = Affine(inner, AffineMap(0.3, 0.4))
+    first = partial(samplers.tv, lam=2.0, steps=7)
+    run = partial(solve, problem, prior, sampler, samples=2, steps=STEPS)
+    image = solve(problem, None, first, generator=seeded())
+    given = run(generator=seeded(), init=image.mean)
+    made = run(generator=seeded(), init=first, chunk=2)
+    close(made.samples, given.samples)
+    for what in ("operator_applies", "operator_adjoints"):
+        of = [getattr(s.stats, what) for s in (given, image, made)]
+        assert of[0] + of[1] == of[2] and of[1] > 0
+
+
+def test_a_prior_is_refused_before_another_method_is_asked(
+    generator: Generator,
+) -> None:
+    def never(problem: InverseProblem) -> Tensor:
+        raise AssertionError("asked")
+
+    problem, _ = inpainting(generator)
+    prior = EDMPrior(nn.Identity(), multiple_of=8)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        solve(problem, prior, samplers.reddiff, init=never, generator=seeded())
+
+
 def test_an_init_is_one_image_for_each_item(generator: Generator) -> None:
     problem, prior = inpainting(generator)
     run = partial(solve, problem, prior, samplers.reddiff, generator=seeded())

@@ -116,6 +116,34 @@ def test_what_is_left_of_other_predictions(
     assert losses(lambda u, c: 1.1 * net(u, c), opt).mean() > least * 1.002
 
 
+@pytest.mark.parametrize("predicts", ["edm", "x0", "eps", "flow"])
+def test_weighed_by_snr_every_prediction_has_the_denoiser_s_loss(
+    predicts: Predicts, generator: Generator
+) -> None:
+    """⟨(D − x₀)² (1/σ² + 1/σ_d²)⟩ of D = c_skip x + c_out F, whatever F is."""
+    opt = optimisation(
+        sigma_data=SIGMA_DATA, bf16=False, predicts=predicts, weighting="snr+1"
+    )
+    x0 = torch.randn(16, 1, 8, 8, generator=generator)
+    state = generator.get_state()
+    rows = noised(x0, opt, generator)
+    generator.set_state(state)
+    # The same levels, noise and so x of a network whose D is 0.7 x.
+    plain = noised(x0, optimisation(sigma_data=SIGMA_DATA, bf16=False), generator)
+    sigma = (4 * plain["c_noise"]).exp().reshape(-1, 1, 1, 1)
+    x = plain["x"] * (sigma**2 + SIGMA_DATA**2).sqrt()
+
+    def net(x: Tensor, c_noise: Tensor) -> Tensor:
+        skip, out, into, _ = preconditioning(predicts, sigma, SIGMA_DATA)
+        return (0.7 - skip) / out * x / into
+
+    weight = 1 / sigma**2 + 1 / SIGMA_DATA**2
+    expected = ((0.7 * x - x0).square() * weight).mean()
+    torch.testing.assert_close(matching(net, bf16=False, **rows), expected)
+    if predicts == "edm":
+        torch.testing.assert_close(rows["weight"], torch.ones(16, 1, 1, 1))
+
+
 def test_channels_of_their_own_sigma_data_weigh_the_same(generator: Generator) -> None:
     """For x₀ ~ N(0, σ_d²) in each channel F = 0 is ideal and every target N(0, 1)."""
     data = (0.4, 0.01, 3.0)

@@ -20,6 +20,9 @@ from ..shapes import X
 Kind = Literal["posterior_sample", "point_estimate", "steered"]
 Progress = Callable[[Iterable], Iterable]
 
+Init = X | Literal["pinv", "adjoint", "zeros"] | Callable[[InverseProblem], X]
+"""Where a descent starts: see `initial`."""
+
 
 class Sampler(Protocol):
     """From a problem and a prior to one image for each item of the batch.
@@ -52,6 +55,32 @@ def gives(kind: Kind) -> Callable[[F], F]:
         return function
 
     return mark
+
+
+def initial(problem: InverseProblem, init: Init) -> X:
+    """Where a descent starts, for the samplers that take an ``init``.
+
+    Args:
+        init: A⁺y, for a nonlinear operator its ``guess`` (``pinv``); Aᴴy (``adjoint``);
+            zero (``zeros``); an image, one for each item; or what another method makes
+            of the problem, such as ``partial(tv, lam=20.0)``. A sampler called by
+            itself takes these in the unit of its ``prior``; `solve` takes images, and
+            asks other methods for them, in the image's own.
+    """
+    if isinstance(init, Tensor):
+        return init
+    if callable(init):
+        return init(problem)
+    match init:
+        case "pinv":
+            return problem.operator.guess(problem.y)
+        case "adjoint":
+            return problem.linear.adjoint(problem.y)
+        case "zeros":
+            return problem.image_like()
+    raise ValueError(
+        f"unknown init {init!r}: pinv, adjoint, zeros, an image, or another method"
+    )
 
 
 def levels(

@@ -16,8 +16,8 @@ from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness
 from ..shapes import X
-from .core import Progress, gives
-from .red import Init, curvature, falling, initial
+from .core import Init, Progress, gives, initial
+from .red import curvature, falling
 from .stopping import Discrepancy
 
 
@@ -67,9 +67,8 @@ def pnp(
         lam: λ, the prior's weight for ``hqs`` and ``admm``; 0.23 is DPIR's.
         lr: τ, the step of ``pgd``; unless given, 1/‖A‖²_W with W the noise's
             precision, which cannot diverge. It must be given for nonlinear operators.
-        init: where to start: A⁺y (for a nonlinear operator its ``guess``), Aᴴy, zero,
-            or an image, one for each item, in the unit that ``prior`` speaks
-            (`solve` takes it in the image's own unit).
+        init: where to start: A⁺y, Aᴴy, zero, an image, or another method; see
+            `core.initial`.
         cg_steps, rtol: of conjugate gradients, where there is no closed form.
         discrepancy: τ of Morozov's principle: stop an item once ‖y − A(z)‖²_W is at
             most so many times the number of measurements; see `Discrepancy`.

@@ -14,10 +14,8 @@ from ..priors import Prior
 from ..problem import InverseProblem
 from ..random import Randomness
 from ..shapes import X
-from .core import Progress, gives
+from .core import Init, Progress, gives, initial
 from .stopping import Discrepancy
-
-Init = X | Literal["pinv", "adjoint", "zeros"]
 
 
 @gives("point_estimate")
@@ -64,9 +62,8 @@ def red(
         lam: λ, the prior's weight; 1 is what Bayes asks for.
         lr: τ; unless given, 1/(‖A‖²_W + λ/σ²) with W the noise's precision, which
             cannot overshoot. It must be given for nonlinear operators.
-        init: where to start: A⁺y (for a nonlinear operator its ``guess``), Aᴴy, zero,
-            or an image, one for each item, in the unit that ``prior`` speaks
-            (`solve` takes it in the image's own unit). A⁺y fits the data from the
+        init: where to start: A⁺y, Aᴴy, zero, an image, or another method; see
+            `core.initial`. A⁺y fits the data from the
             first, so that ``discrepancy`` would stop there.
         cg_steps, rtol: of conjugate gradients, where there is no closed form.
         discrepancy: τ of Morozov's principle: stop an item once ‖y − A(x)‖²_W is at
@@ -98,20 +95,6 @@ def red(
         if stop.all:
             break
     return x
-
-
-def initial(problem: InverseProblem, init: Init) -> X:
-    """Where a descent starts: an image as it is, or what its name says."""
-    if isinstance(init, Tensor):
-        return init
-    match init:
-        case "pinv":
-            return problem.operator.guess(problem.y)
-        case "adjoint":
-            return problem.linear.adjoint(problem.y)
-        case "zeros":
-            return problem.image_like()
-    raise ValueError(f"unknown init {init!r}: pinv, adjoint, zeros, or an image")
 
 
 def falling(

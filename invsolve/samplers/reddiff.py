@@ -17,7 +17,7 @@ from ..priors.schedules import ddpm_sigmas
 from ..problem import InverseProblem
 from ..random import Randomness, randn_like
 from ..shapes import X, per_item
-from .core import Progress, gives
+from .core import Init, Progress, gives, initial
 from .stopping import Discrepancy
 
 Weight = Literal[
@@ -106,7 +106,7 @@ def reddiff(
     normalize: Literal["mean", "sum", "bayes"] = "mean",
     sigma_x0: float = 0.0,
     antithetic: bool = False,
-    init: X | Literal["pinv", "adjoint", "zeros"] = "pinv",
+    init: Init = "pinv",
     discrepancy: float | None = None,
     returns: Literal["mu", "x0"] = "mu",
     generator: Randomness,
@@ -153,9 +153,8 @@ def reddiff(
             ``bayes``: −log p(y | x), which knows the noise, against sums.
         sigma_x0: σ_x₀, the spread of q.
         antithetic: average over n and −n: two passes of the network, half the noise.
-        init: where to start: A⁺y (for a nonlinear operator its ``guess``), Aᴴy, zero,
-            or an image, one for each item, in the unit that ``prior`` speaks
-            (`solve` takes it in the image's own unit).
+        init: where to start: A⁺y, Aᴴy, zero, an image, or another method; see
+            `core.initial`.
         discrepancy: τ: stop an item once ‖y − A(μ)‖²_W ≤ τ m; see `Discrepancy`.
         returns: μ, or the x₀ that the last step was taken from, which is what the
             authors' code scores.
@@ -166,7 +165,7 @@ def reddiff(
         μ, one for each item of y.
     """
     A, y = problem.operator, problem.y
-    mu = _start(problem, init)
+    mu = initial(problem, init)
     if optimizer == "prox" and normalize != "bayes":
         raise ValueError('optimizer="prox" needs normalize="bayes"')
     if sigmas is None and sigma_range is not None:
@@ -250,19 +249,6 @@ def weigh(z: Tensor, weight: Weight) -> Tensor:
         case "calibrated":
             return 1 / z
     raise ValueError(f"unknown weight {weight!r}")
-
-
-def _start(problem: InverseProblem, init: X | str) -> X:
-    if isinstance(init, Tensor):
-        return init
-    match init:
-        case "pinv":
-            return problem.operator.guess(problem.y)
-        case "adjoint":
-            return problem.linear.adjoint(problem.y)
-        case "zeros":
-            return problem.image_like()
-    raise ValueError(f"unknown init {init!r}: pinv, adjoint, zeros, or an image")
 
 
 def _ordered(sigmas: Tensor, order: Order, generator: Randomness) -> Iterable[Tensor]:
