@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -57,6 +58,7 @@ class Method:
         first: what is tried first, in the space's names: what the theory says.
         fixed: the settings that are not searched.
         passes: of the network in a step.
+        begun: the classical method whose image it begins with.
     """
 
     sampler: Callable[..., Tensor]
@@ -64,12 +66,19 @@ class Method:
     first: Mapping[str, Any]
     fixed: Mapping[str, Any]
     passes: int = 1
+    begun: str = ""
 
 
 def levels(trial: Any) -> tuple[float, float]:
     """The lowest and the highest level of a trial."""
     low = trial.suggest_float("low", 0.01, 0.1, log=True)
     return low, trial.suggest_float("high", 0.3, 10.0, log=True)
+
+
+def low_levels(trial: Any) -> tuple[float, float]:
+    """Those of a method that begins near the image."""
+    low = trial.suggest_float("low", 0.005, 0.05, log=True)
+    return low, trial.suggest_float("high", 0.05, 0.5, log=True)
 
 
 def weight(trial: Any) -> float:
@@ -107,6 +116,20 @@ METHODS: Mapping[str, Method] = {
         lambda t: {"sigma_range": levels(t), "lam": weight(t)},
         {"low": 0.05, "high": 0.4, "lam": 0.5},
         {"cg_steps": 15, "init": "adjoint"},
+    ),
+    "pnp, from TV": Method(
+        samplers.pnp,
+        lambda t: {"sigma_range": low_levels(t), "lam": weight(t)},
+        {"low": 0.02, "high": 0.1, "lam": 0.23},
+        {"cg_steps": 15},
+        begun="TV",
+    ),
+    "red, from TV": Method(
+        samplers.red,
+        lambda t: {"sigma_range": low_levels(t), "lam": weight(t)},
+        {"low": 0.02, "high": 0.1, "lam": 0.5},
+        {"cg_steps": 15},
+        begun="TV",
     ),
     "dds": Method(
         samplers.dds,
@@ -286,6 +309,15 @@ class Bench:
             **options,
         )
 
+    def fixed(self, method: Method) -> dict[str, Any]:
+        """What is not searched of a method; what it begins with is tuned already."""
+        if not method.begun:
+            return dict(method.fixed)
+        sampler, _ = self.task.classical[method.begun]
+        settings = read(self.args.out / f"{self.task.tuned_as or self.name}.json")
+        options = settings["settings"][method.begun]["options"]
+        return {**method.fixed, "init": partial(sampler, **options)}
+
     def score(self, x: Tensor, truth: Tensor) -> float:
         """Mean PSNR."""
         region = self.task.region(truth)
@@ -329,6 +361,9 @@ class Bench:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         method = METHODS[name]
+        fixed = self.fixed(method)
+        if method.begun:  # the same in each trial
+            fixed["init"] = fixed["init"](problem)
 
         def objective(trial: Any) -> float:
             options = method.space(trial)
@@ -339,7 +374,7 @@ class Bench:
                     method.sampler,
                     1,
                     steps=PASSES // method.passes,
-                    **method.fixed,
+                    **fixed,
                     **options,
                 )
             except ValueError as error:  # it diverged, or is not for this problem
@@ -430,8 +465,9 @@ class Bench:
         tuple_of = {
             k: tuple(v) if isinstance(v, list) else v for k, v in options.items()
         }
+        fixed = self.fixed(method)
         return self.solve(
-            problem, method.sampler, samples, steps=steps, **method.fixed, **tuple_of
+            problem, method.sampler, samples, steps=steps, **fixed, **tuple_of
         )
 
     def table(

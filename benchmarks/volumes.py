@@ -45,7 +45,7 @@ from invsolve.operators import (
 )
 from invsolve.planes import PLANES, plane_scores, planes_figure
 from invsolve.population import brain_mr, read_tissues
-from invsolve.priors import Equivariant, Groups, Slices
+from invsolve.priors import Equivariant, Groups, Slices, TwoPlanes
 from invsolve.samplers import dds3d, mbir
 from invsolve.simulate import measure
 from invsolve.units import MU_WATER, hu_to_mu, mu_to_hu
@@ -100,6 +100,10 @@ class Method:
     tasks: tuple[str, ...] = tuple(TASKS)
     neighbours: str = ""
     """A prior of neighbouring slices, in place of the task's."""
+    both: bool = False
+    """Ask the task's prior at some levels, and that of neighbouring slices at others."""
+    begun: str = ""
+    """The method, by its key, whose volume it begins with."""
     first: bool = False
     """Whether it is so slow that it is run for the first volume alone."""
 
@@ -107,6 +111,9 @@ class Method:
 TRIALS = 12
 LINEAR = ("eta", "zeta")
 """What is searched evenly; all else evenly in its logarithm."""
+
+NEAR = {"low": (0.01, 0.05, 0.02), "high": (0.05, 0.5, 0.1), "lam": (0.03, 1.0, 0.2)}
+"""Of a method that begins near the volume."""
 
 COUPLED = {
     "sigma": (0.3, 5.0, 1.0),
@@ -167,6 +174,34 @@ def methods(steps: int) -> dict[str, Method]:
             tasks=CT,
             neighbours="ct-neighbours-128",
         ),
+        "both": Method(
+            "DDS, z-TV, both priors",
+            dds3d,
+            COUPLED,
+            z_tv,
+            coupled=True,
+            tasks=CT,
+            neighbours="ct-neighbours-128",
+            both=True,
+        ),
+        "pnp-both": Method(
+            "the same, then PnP",
+            samplers.pnp,
+            NEAR,
+            {"steps": steps},
+            tasks=CT,
+            neighbours="ct-neighbours-128",
+            both=True,
+            begun="both",
+        ),
+        "pnp-tv": Method(
+            "ADMM-TV 3D, then PnP",
+            samplers.pnp,
+            NEAR,
+            {"steps": steps},
+            tasks=("mr-8",),
+            begun="tv",
+        ),
         "mbir": Method(
             "DiffusionMBIR",
             mbir,
@@ -186,9 +221,11 @@ def methods(steps: int) -> dict[str, Method]:
 
 def prior_of(task: Task, method: Method) -> iv.priors.Prior:
     """The prior of volumes that a method takes for a task."""
-    if method.neighbours:
-        return Groups(Equivariant(loaded(method.neighbours)))
-    return Slices(Equivariant(loaded(task.prior)))
+    slices = Slices(Equivariant(loaded(task.prior)))
+    if not method.neighbours:
+        return slices
+    groups = Groups(Equivariant(loaded(method.neighbours)))
+    return TwoPlanes(slices, groups, drawn=True) if method.both else groups
 
 
 loaded = cache(iv.priors.load)
@@ -295,9 +332,12 @@ def solve(
     given: iv.InverseProblem,
     prior: iv.priors.Prior,
     spacing: tuple[float, float, float],
+    begin: Tensor | None = None,
 ) -> iv.Solution:
-    """A method's volume."""
+    """A method's volume, from another's if it is one that begins so."""
     options = {**method.fixed, **settings}
+    if begin is not None:
+        options["init"] = begin
     if "threshold" in options:
         options["lam"] = options.pop("threshold") * options["rho"]
     if method.coupled:
@@ -316,6 +356,20 @@ def solve(
         precision="bf16",
         **options,
     )
+
+
+def beginning(
+    method: Method,
+    results: dict[str, Any],
+    given: iv.InverseProblem,
+    task: Task,
+    spacing: tuple[float, float, float],
+    steps: int,
+) -> iv.Solution:
+    """The volume that a method begins with, by the other method's settings."""
+    other = methods(steps)[method.begun]
+    settings = best(results, method.begun, task.kind)
+    return solve(other, settings, given, prior_of(task, other), spacing)
 
 
 def scores(x: Tensor, truth: Tensor, task: Task) -> dict[str, float]:
@@ -385,7 +439,12 @@ def tune(args: argparse.Namespace) -> None:
             if not wanted or name in results["tune"]:
                 continue
             prior = prior_of(task, method)
-            score = partial(trial_score, method, given, prior, x, spacing, task)
+            begin = None
+            if method.begun:
+                begin = beginning(
+                    method, results, given, task, spacing, args.steps
+                ).mean
+            score = partial(trial_score, method, given, prior, x, spacing, task, begin)
             found = search(method, score)
             results["tune"][name] = {**found, "depth": args.depth}
             print(name, found, flush=True)
@@ -399,11 +458,12 @@ def trial_score(
     x: Tensor,
     spacing: tuple[float, float, float],
     task: Task,
+    begin: Tensor | None,
     settings: Mapping[str, Any],
 ) -> float:
     """The mean PSNR over the three orientations; of what diverges, -100."""
     try:
-        made = solve(method, settings, given, prior, spacing).mean
+        made = solve(method, settings, given, prior, spacing, begin).mean
     except ValueError:
         return -100.0
     row = scores(made.reshape(x.shape), x, task)
@@ -441,6 +501,8 @@ def drawn(trial: Any, method: Method) -> dict[str, Any]:
     }
     if "sigma" in found:
         found["sigma_range"] = (0.02, found.pop("sigma"))
+    if "low" in found:
+        found["sigma_range"] = (found.pop("low"), found.pop("high"))
     return found
 
 
@@ -456,6 +518,7 @@ def run(args: argparse.Namespace) -> None:
                 continue
             name, x, spacing = found[number]
             given = problem(task, x, spacing, seed=2 + number)
+            done: dict[str, iv.Solution] = {}
             for key, method in methods(args.steps).items():
                 label = f"{task_name} {name} {key}"
                 if task_name not in method.tasks or key not in args.methods:
@@ -465,8 +528,15 @@ def run(args: argparse.Namespace) -> None:
                 if label in results["run"]:
                     continue
                 settings = best(results, key, task.kind)
-                prior = prior_of(task, method)
-                solution = solve(method, settings, given, prior, spacing)
+                prior, begun = prior_of(task, method), None
+                if method.begun:
+                    begun = done.get(method.begun) or beginning(
+                        method, results, given, task, spacing, args.steps
+                    )
+                begin = begun and begun.mean
+                solution = solve(method, settings, given, prior, spacing, begin)
+                done[key] = solution
+                parts = [s.stats for s in (begun, solution) if s is not None]
                 made = solution.mean.reshape(x.shape)
                 row = scores(made, x, task)
                 results["run"][label] = {
@@ -474,8 +544,8 @@ def run(args: argparse.Namespace) -> None:
                     "volume": name,
                     "method": key,
                     "depth": args.depth,
-                    "passes": solution.stats.network_forwards,
-                    "seconds": solution.stats.seconds,
+                    "passes": sum(stats.network_forwards for stats in parts),
+                    "seconds": sum(stats.seconds for stats in parts),
                     "settings": settings,
                     "date": today(),
                     **row,
