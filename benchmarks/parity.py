@@ -6,8 +6,8 @@ The priors of photographs that predict EDM's mixture, the image, the noise and a
 measured on the same held-out squares, with the same noise: PSNR of the denoised beside
 the best linear filter's, bits per dimension, how far the spectrum of what they draw is
 from the training squares', and MMPS's PSNR on the photographs of `quality_tasks`, with
-settings tuned for none of them. x₀, ε and flow are one network trained alike; EDM's is
-larger and saw more. Each prior's results are kept, and made again when its weights change.
+settings tuned for none of them. x₀ and flow go on from EDM's network by Muon; ε is
+smaller, by AdamW. Each prior's results are kept, and made again when its weights change.
 """
 
 import argparse
@@ -151,7 +151,9 @@ def table(results: Mapping[str, Any]) -> str:
     for name, row in found.items():
         card, _ = read_card(name)
         widths = ", ".join(map(str, card["network"]["widths"]))
-        seen = card["training"]["images"]
+        training = card["training"]
+        start = f" after `{training['start']}`" if "start" in training else ""
+        seen = f"{training['images']}{start}"
         draws = " | ".join(
             f"{row['posterior'][key]['draw']:.2f} / {row['posterior'][key]['mean']:.2f}"
             for key in POSTERIOR
