@@ -129,6 +129,7 @@ def methods(steps: int) -> dict[str, Method]:
     passes = {"steps": steps, "cg_steps": 10}
     z_tv = {**passes, "eta": 1.0}
     positive = {"nonnegative": True}
+    together: dict[str, Any] = {"tasks": CT, "neighbours": "ct-neighbours-128"}
     return {
         "fbp": Method("FBP", samplers.fbp, tasks=CT),
         "sirt": Method("SIRT", samplers.sirt, fixed=positive, tasks=CT),
@@ -171,8 +172,7 @@ def methods(steps: int) -> dict[str, Method]:
             COUPLED,
             z_tv,
             coupled=True,
-            tasks=CT,
-            neighbours="ct-neighbours-128",
+            **together,
         ),
         "both": Method(
             "DDS, z-TV, both priors",
@@ -180,8 +180,7 @@ def methods(steps: int) -> dict[str, Method]:
             COUPLED,
             z_tv,
             coupled=True,
-            tasks=CT,
-            neighbours="ct-neighbours-128",
+            **together,
             both=True,
         ),
         "pnp-both": Method(
@@ -189,8 +188,7 @@ def methods(steps: int) -> dict[str, Method]:
             samplers.pnp,
             NEAR,
             {"steps": steps},
-            tasks=CT,
-            neighbours="ct-neighbours-128",
+            **together,
             both=True,
             begun="both",
         ),

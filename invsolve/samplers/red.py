@@ -63,8 +63,8 @@ def red(
         lr: τ; unless given, 1/(‖A‖²_W + λ/σ²) with W the noise's precision, which
             cannot overshoot. It must be given for nonlinear operators.
         init: where to start: A⁺y, Aᴴy, zero, an image, or another method; see
-            `core.initial`. A⁺y fits the data from the
-            first, so that ``discrepancy`` would stop there.
+            `core.initial`. A⁺y fits the data from the first, so that ``discrepancy``
+            would stop there.
         cg_steps, rtol: of conjugate gradients, where there is no closed form.
         discrepancy: τ of Morozov's principle: stop an item once ‖y − A(x)‖²_W is at
             most so many times the number of measurements; see `Discrepancy`.
