@@ -32,6 +32,7 @@ from invsolve.operators import LinearOperator, Noise
 from invsolve.planes import PLANES
 from invsolve.preview import Preview
 from invsolve.priors.latent import LatentPrior
+from invsolve.priors.slices import OfSlices
 from invsolve.priors.weights import read_card, sha256
 from invsolve.problem import InverseProblem
 from invsolve.report import (
@@ -172,6 +173,9 @@ EXTRAS = {
 
 FACTOR = 3
 """How many times finer the grid is on which CT is measured."""
+
+AS_VOLUMES = ("pnp", "red")
+"""Samplers of slices that solve a volume in the memory that `memory_plan` tells of."""
 
 SOLVE_EXAMPLES = (
     "Example: invsolve solve y.npz -o out --sampler dds --samples 8 --truth ct.nii.gz",
@@ -526,6 +530,21 @@ def solve(
             "cost.",
         ),
     ] = False,
+    volume: Annotated[
+        bool,
+        typer.Option(
+            "--volume",
+            help=f"Solve the slices as one volume, by {' or '.join(AS_VOLUMES)}; dds3d and "
+            "mbir always do.",
+        ),
+    ] = False,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A second prior of a volume, asked at half of its noise levels.",
+        ),
+    ] = None,
     preview: Annotated[
         Path | None,
         typer.Option(help="A .png that shows, while it runs, how far it has come."),
@@ -544,8 +563,18 @@ def solve(
     where = _device(device)
     method = _lookup(SAMPLERS, sampler, "sampler")
     # The stack, as a volume: by a prior of slices, and not one by one.
-    coupled = "aspect" in inspect.signature(method).parameters
-    whole = coupled and demonstration.needs_prior(method)
+    takes = inspect.signature(method).parameters
+    coupled = "aspect" in takes and demonstration.needs_prior(method)
+    if volume and not coupled and sampler not in AS_VOLUMES:
+        raise ValueError(
+            f"--volume is for {', '.join(AS_VOLUMES)}: {sampler} solves slice by slice, "
+            "leave it out"
+        )
+    whole = coupled or volume
+    if beside is not None and not whole:
+        raise ValueError(
+            "--beside is of volumes by two priors: give --sampler dds3d, or pnp --volume"
+        )
     _lookup(dict.fromkeys(get_args(Precision)), precision, "precision")
     limits = _window(window)
     _check_folder(out, force=force)
@@ -577,7 +606,8 @@ def solve(
     is_ct = m.operator["name"] in TOMOGRAPHY
     options = _options(sampler, method, set_ or [], steps, tuned=is_ct)
     if init is not None:
-        options["init"] = _begin(init, m, sampler, method)
+        begin = _begin(init, m, sampler, method)
+        options["init"] = begin.movedim(0, 1)[None] if whole else begin
     loaded = None
     if demonstration.needs_prior(method):
         loaded = _load_prior(prior)
@@ -598,9 +628,9 @@ def solve(
     each = samples or (8 if kind == "posterior_sample" else 1)
     there, shard = where, Shard(len(m.y))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if not whole:
+        if "shard" not in takes:
             raise ValueError(
-                f"several processes share a volume, and {sampler} solves slice by slice: "
+                f"several processes share a volume by dds3d or mbir, not by {sampler}: "
                 "give --sampler dds3d, or start one process"
             )
         if preview is not None:
@@ -608,14 +638,19 @@ def solve(
         where, shard = _shared(where, len(m.y))
     if whole:
         assert loaded is not None
-        preset = SPARSE_VIEW if is_ct else MRI
-        aspect = m.spacing[0] / m.spacing[1]
-        options = {**preset, "aspect": aspect, **options}
-        card, low = read_card(prior)[0], None
-        if (below := card.get("below")) is not None:
-            low = _load_prior(below["prior"])
-            low = _equivariant(below["prior"], low) if equivariant else low
-        problem, loaded, there = _as_volume(problem, loaded, where, card, low, shard)
+        if coupled:
+            preset = SPARSE_VIEW if is_ct else MRI
+            aspect = m.spacing[0] / m.spacing[1]
+            options = {**preset, "aspect": aspect, **options}
+        names = [prior] if beside is None else [prior, beside]
+        if beside is not None:
+            _check_unit(beside, m.unit)
+        parts = [_of_volumes(n, where, equivariant=equivariant) for n in names]
+        loaded = parts[0][0]
+        if beside is not None:
+            loaded = priors.TwoPlanes(loaded, parts[1][0], drawn=True)
+        asked = [part for _, of_slices in parts for part in of_slices]
+        problem, there = _as_volume(problem, loaded, asked, where, shard)
     mine: dict[str, Any] = {}
     if shard.count > 1:
         mine["shard"] = shard
@@ -666,6 +701,8 @@ def solve(
     if truth is not None:
         source |= {"truth": truth.name, "truth's sha256": sha256(truth)}
     facts = source if loaded is None else source | _prior_facts(read_card(prior)[0])
+    if beside is not None:
+        facts |= {"prior beside it": str(read_card(beside)[0].get("name", "?"))}
     report = Report(
         title=f"Reconstruction by {sampler}",
         summary=f"{len(m.y)} {'picture' if colour else 'slice'}"
@@ -696,6 +733,7 @@ def solve(
         "samples": each,
         "precision": precision,
         "prior": None if loaded is None else prior,
+        "beside": beside,
         "equivariant": equivariant,
         "processes": shard.count,
         "operator": {
@@ -1585,22 +1623,51 @@ def _check_images(option: str, name: str, prior: priors.Prior) -> None:
         )
 
 
+def _of_volumes(
+    name: str, where: torch.device, *, equivariant: bool
+) -> tuple[priors.Prior, list[OfSlices]]:
+    """The prior of volumes that a prior of slices makes, as its card says, and its parts.
+
+    Args:
+        name: of the prior of slices, of so many neighbours, or of a slice among them.
+        where: to compute.
+        equivariant: whether mirror images and shifts are as likely.
+
+    Raises:
+        ValueError: the prior, or the one that its card names, cannot be used.
+    """
+    inner, card = _load_prior(name), read_card(name)[0]
+    inner = _equivariant(name, inner) if equivariant else inner
+    together, axis = int(card.get("neighbours", 1)), PLANES[card.get("plane", "axial")]
+    if together == 1:
+        slices: OfSlices = priors.Slices(inner, axis, device=where)
+    elif card.get("network", {}).get("condition"):
+        slices = priors.Sliding(inner, together, axis, device=where)
+    else:
+        slices = priors.Groups(inner, together, axis=axis, device=where)
+    if (below := card.get("below")) is None:
+        return slices, [slices]
+    low = _load_prior(below["prior"])
+    low = _equivariant(below["prior"], low) if equivariant else low
+    alone = priors.Slices(low, axis, device=where)
+    at = below["sigma"] * slices.normalised[1].scale
+    return priors.Experts(alone, slices, at), [alone, slices]
+
+
 def _as_volume(
     problem: InverseProblem,
     prior: priors.Prior,
+    parts: Sequence[OfSlices],
     where: torch.device,
-    card: Mapping[str, Any],
-    low: priors.Prior | None,
     shard: Shard,
-) -> tuple[InverseProblem, priors.Prior, torch.device]:
+) -> tuple[InverseProblem, torch.device]:
     """The stack as one volume, and where to hold it: with the network if it fits there.
 
     Args:
         problem: of slices.
-        prior: of them, or of so many neighbours.
+        prior: of volumes.
+        parts: all that it is made of.
         where: to compute.
-        card: the prior's, which tells how many slices it sees at once, and of which plane.
-        low: a prior of slices that knows more below the level that the card tells.
         shard: which of the slices this process holds.
 
     Raises:
@@ -1609,19 +1676,8 @@ def _as_volume(
     """
     A = ops.SliceWise(problem.linear, shard.size)
     volume = InverseProblem(shard.cut(problem.y[None], dim=1), A, problem.noise)
-    together = int(card.get("neighbours", 1))
-    axis = PLANES[card.get("plane", "axial")]
-    slices = (
-        priors.Slices(prior, axis, device=where)
-        if together == 1
-        else priors.Groups(prior, together, axis=axis, device=where)
-    )
-    volumes: priors.Prior = slices
-    if low is not None:
-        at = card["below"]["sigma"] * slices.normalised[1].scale
-        volumes = priors.Experts(priors.Slices(low, device=where), slices, at)
-    shard.check(volumes)
-    plan, cpu = memory_plan(volume, slices), torch.device("cpu")
+    shard.check(prior)
+    plan, cpu = memory_plan(volume, *parts), torch.device("cpu")
     home = where
     if where.type == "cpu":
         plan.check(free_memory(cpu))
@@ -1631,7 +1687,7 @@ def _as_volume(
     if shard.rank == 0:
         each = f" in each of {shard.count} processes" if shard.count > 1 else ""
         typer.echo(f"memory: {plan}{each}", err=True)
-    return volume, volumes, home
+    return volume, home
 
 
 def _shared(where: torch.device, depth: int) -> tuple[torch.device, Shard]:

@@ -26,7 +26,8 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Normal
 
 from invsolve import io, priors
-from invsolve.priors import AffineMap, EDMPrior, Prior, UNet, UNetConfig
+from invsolve.priors import AffineMap, EDMPrior, Prior, Sliding, UNet, UNetConfig
+from invsolve.priors.networks.conditional import InTheMiddle, apart
 from invsolve.priors.parameterisation import (
     SigmaData,
     each_channel,
@@ -139,6 +140,8 @@ def train(
         n = opt.crop_batch if crop else opt.batch
         x0, corners, index = draw(images, data, n, crop, generator)
         rows = noised(x0, opt, generator)
+        if network.condition:
+            rows = in_the_middle(rows, generator)
         if network.positions:
             rows["position"] = positions(corners, x0.shape[2:], sides)
         if classes:
@@ -147,16 +150,19 @@ def train(
         return rows
 
     def prior_of(net: nn.Module) -> EDMPrior:
-        return EDMPrior(net, opt.sigma_data, predicts=opt.predicts)
+        asked = InTheMiddle(net) if network.condition else net
+        return EDMPrior(asked, opt.sigma_data, predicts=opt.predicts)
 
     fit(
         Task(
             lambda: begun(UNet(network), config),
             batch,
             partial(matching, bf16=opt.bf16),
-            lambda net: denoising_psnr(prior_of(net), val.to(device)),
+            lambda net: denoising_psnr(
+                prior_of(net), val.to(device), middle=network.condition > 0
+            ),
             tuple(f"psnr_at_{level}" for level in LEVELS),
-            lambda net: shown(_middle(samples(prior_of(net), val[:8].to(device))), val),
+            lambda net: shown(drawn(prior_of(net), network, val.to(device)), val),
         ),
         plan,
         out / "checkpoint.pt",
@@ -180,7 +186,8 @@ def begun(net: UNet, config: TrainConfig) -> UNet:
 
     It may have more channels. F of these begins at zero, and the rest of F does not see
     them: they begin independent of the image, as Gaussian noise of √v = sigma_data. It may
-    predict something else: then F begins wrong, but with features that are of use.
+    be shown neighbours, which it does not see at first. It may predict something else:
+    then F begins wrong, but with features that are of use.
 
     Raises:
         ValueError: that prior's network, range or sigma_data is another.
@@ -190,11 +197,15 @@ def begun(net: UNet, config: TrainConfig) -> UNet:
     opt = config.optimisation
     prior, to_unit = priors.load(config.start).normalised
     old = vars(prior).get("net")
+    old = old.net if isinstance(old, InTheMiddle) else old
     n = old.config.channels if isinstance(old, UNet) else 0
     if not (
         isinstance(prior, EDMPrior)
         and isinstance(old, UNet)
-        and replace(old.config, channels=net.config.channels) == net.config
+        and replace(
+            old.config, channels=net.config.channels, condition=net.config.condition
+        )
+        == net.config
         and not net.config.positions
         and _listed(prior.sigma_data, n) == _listed(opt.sigma_data, n)
         and to_unit == AffineMap(config.data.scale, config.data.offset)
@@ -231,6 +242,20 @@ def noised(x0: Tensor, opt: Optimisation, generator: Generator) -> Batch:
     return rows
 
 
+ENDS = 0.1
+"""Of a batch's slices, the part that a volume ends at: `Sliding` mirrors it there."""
+
+
+def in_the_middle(rows: Batch, generator: Generator) -> Batch:
+    """Rows of neighbouring slices as those of the middle one, shown the others."""
+    x, shown = apart(rows["x"])
+    m = shown.shape[1] // 2
+    ends = torch.rand(len(x), generator=generator) < ENDS
+    shown[ends, :m] = shown[ends, m:].flip(1)
+    others = {k: apart(v)[0] for k, v in rows.items() if k in ("target", "weight")}
+    return {**rows, **others, "x": x, "condition": shown}
+
+
 def log_normal(n: int, opt: Optimisation, generator: Generator) -> Float[Tensor, " n"]:
     """Noise levels of which every n-th part of the log-normal law has one."""
     quantile = (torch.arange(n) + torch.rand(n, generator=generator)) / n
@@ -257,15 +282,22 @@ LEVELS = (0.05, 0.2, 0.8)
 
 
 @torch.no_grad()
-def denoising_psnr(prior: EDMPrior, val: Tensor) -> list[float]:
-    """PSNR in dB of D(x₀ + σn; σ) at each of `LEVELS`, for a data range of 2."""
+def denoising_psnr(
+    prior: EDMPrior, val: Tensor, *, middle: bool = False
+) -> list[float]:
+    """PSNR in dB of D(x₀ + σn; σ) at each of `LEVELS`, for a data range of 2.
+
+    Of all channels, or of the middle one.
+    """
     generator, result = Generator().manual_seed(0), []
     for level in LEVELS:
         sigma = torch.tensor(level, device=val.device)
         square = torch.zeros(())
         for x0 in val.split(8):
             x = x0 + sigma * randn_like(x0, generator)
-            square += (prior.denoise(x, sigma) - x0).square().mean().cpu() * len(x0)
+            gap = prior.denoise(x, sigma) - x0
+            gap = apart(gap)[0] if middle else gap
+            square += gap.square().mean().cpu() * len(x0)
         result.append(float(10 * (4 * len(val) / square).log10()))
     return result
 
@@ -279,6 +311,17 @@ def samples(prior: Prior, like: Tensor) -> Tensor:
         sigma_range=(0.01, 20.0),
         generator=Generator().manual_seed(0),
     )
+
+
+def drawn(prior: EDMPrior, network: UNetConfig, val: Tensor) -> Tensor:
+    """Eight draws as images: of volumes their middle slices; or a volume's eight slices."""
+    if not network.condition:
+        return _middle(samples(prior, val[:8]))
+    stack = apart(val[:1])[0].expand(8, -1, -1, -1)
+    volume = samples(
+        Sliding(prior, 1 + network.condition), stack.movedim(0, 1).unsqueeze(0)
+    )
+    return volume[0].movedim(1, 0)
 
 
 def shown(x: Tensor, like: Tensor) -> Tensor:
@@ -310,6 +353,14 @@ def _check_fits(
             f"the images have {channels} channels, sigma_data {len(sigma_data)} numbers: "
             "give optimisation.sigma_data one number, or one for each channel"
         )
+    if network.condition:
+        if (beside := data.neighbours - 1) % 2 or network.condition != beside:
+            raise ValueError(
+                f"network.condition = {network.condition} asks for the middle slice of "
+                f"{1 + network.condition}, shown the others: set it to an even number, and "
+                f"data.neighbours to one more, not {data.neighbours}"
+            )
+        channels -= network.condition
     for name, has, wanted in (
         ("channels", network.channels, channels),
         ("classes", network.classes, classes),

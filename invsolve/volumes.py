@@ -79,33 +79,38 @@ class MemoryPlan:
             )
 
 
-def memory_plan(problem: InverseProblem, prior: OfSlices) -> MemoryPlan:
-    """What `samplers.dds3d` and ``mbir`` take for one volume; one slice is denoised.
+def memory_plan(problem: InverseProblem, *parts: OfSlices) -> MemoryPlan:
+    """What a volume takes by `dds3d`, ``mbir``, ``pnp`` or ``red``; slices are denoised.
 
     What the operator holds for itself (a matrix, the slices that it works on) is not in
     it: `RayTransform.matrix_bytes` tells of the matrix.
 
     Args:
         problem: of volumes.
-        prior: whose chunk is planned for.
+        parts: of the prior, each asked in its chunks, one at a time.
     """
-    like = problem.linear.image_like(problem.y[:1])
-    prior.check(tuple(like.shape[1:]))
-    seen = prior.slice_shape(tuple(like.shape[1:]))
-    one = torch.zeros(1, *seen, dtype=like.dtype)
-    inner = prior.inner
-    one = one.to(prior.device or like.device)
-    level = one.new_tensor(inner.sigma_max)
-    with torch.no_grad():
-        each = peak_bytes(lambda: inner.denoise(one, level))
-    weights = sum(t.numel() * t.element_size() for t in _held(inner))
-    y = problem.y[:1]
+    like, y = problem.linear.image_like(problem.y[:1]), problem.y[:1]
+    each = [one_slice(part, like) for part in parts]
+    most = max(range(len(parts)), key=lambda k: parts[k].chunk * each[k])
+    weights = sum(
+        t.numel() * t.element_size() for part in parts for t in _held(part.inner)
+    )
     return MemoryPlan(
         host=VOLUMES * _bytes(like) + MEASUREMENTS * _bytes(y),
-        network=weights + prior.chunk * each,
-        slice=each,
-        chunk=prior.chunk,
+        network=weights + parts[most].chunk * each[most],
+        slice=each[most],
+        chunk=parts[most].chunk,
     )
+
+
+def one_slice(part: OfSlices, like: Tensor) -> int:
+    """Bytes that the network takes for one image of its chunk, of a volume like this."""
+    part.check(tuple(like.shape[1:]))
+    seen = part.slice_shape(tuple(like.shape[1:]))
+    one = torch.zeros(1, *seen, dtype=like.dtype, device=part.device or like.device)
+    level = one.new_tensor(part.inner.sigma_max)
+    with torch.no_grad():
+        return peak_bytes(lambda: part.inner.denoise(one, level))
 
 
 def free_memory(device: torch.device) -> int:

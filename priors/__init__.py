@@ -25,7 +25,12 @@ from .schedules import (
     ddpm_sigmas as ddpm_sigmas,
     karras_sigmas as karras_sigmas,
 )
-from .slices import Groups as Groups, Slices as Slices, TwoPlanes as TwoPlanes
+from .slices import (
+    Groups as Groups,
+    Slices as Slices,
+    Sliding as Sliding,
+    TwoPlanes as TwoPlanes,
+)
 from .tilted import Tilted as Tilted
 from .unet import UNet as UNet, UNetConfig as UNetConfig
 from .weights import available as available, load as load

@@ -2,7 +2,8 @@
 
 A volume is (batch, channels, d, h, w), d slices of (h, w). Each slice goes through the
 network alone, so that neighbours agree only as far as the data make them: what couples
-them is `Groups`, `TwoPlanes`, or the data step of `invsolve.samplers.dds3d` and ``mbir``.
+them is `Sliding`, `Groups`, `TwoPlanes`, or the data step of `invsolve.samplers.dds3d` and
+``mbir``.
 """
 
 import copy
@@ -231,6 +232,86 @@ class Groups(OfSlices):
             self.inner.check(self.slice_shape(shape))
         except ValueError as error:
             raise ValueError(f"groups across {AXES[self.axis]}: {error}") from error
+
+
+@final
+class Sliding(OfSlices):
+    """D(x; σ)_k = D_n(x_{k−m} … x_{k+m}; σ)_m, with n = 2m + 1: each slice among its own.
+
+    E[x_k | slices k−m … k+m of x], where `Slices` has E[x_k | slice k]: nearer to the
+    volume's own mean, in as many passes. (It is the answer for windows of a volume, and not
+    of one density of volumes; `Groups`, in an n-th of the passes, is of one, but leaves
+    each slice but one of a group at its edge.) At both ends the window is mirrored.
+
+    Args:
+        inner: a prior of n slices as the channels of an image, (n, a, b), of which the
+            middle one is asked: one of all of them, as `Groups` takes, or one that knows
+            of the middle alone (``[network] condition`` of ``[data] neighbours``).
+        size: n, odd.
+        axis, chunk, device: of `OfSlices`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        inner: Prior,
+        size: int = 3,
+        axis: int = 0,
+        chunk: int = 16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(inner, axis, chunk, device)
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size must be odd, for there to be a middle, got {size}")
+        self.size = size
+
+    def denoise(self, x: X, sigma: Sigma) -> X:
+        cut = 2 + self.axis
+        stack = x[:, 0].movedim(cut - 1, 1)  # (batch, slices, a, b)
+        windows, levels = (
+            self.windows(stack.shape[1]).to(x.device),
+            sigma.expand(len(x)),
+        )
+        out = torch.stack(
+            [
+                torch.cat(
+                    [
+                        self.through(item[some], level)[:, self.size // 2].to(x.device)
+                        for some in windows.split(self.chunk)
+                    ]
+                )
+                for item, level in zip(stack, levels, strict=True)
+            ]
+        )
+        return out.movedim(1, cut - 1)[:, None]
+
+    def windows(self, depth: int) -> Int[Tensor, "slices size"]:
+        """Which slices are seen beside each."""
+        reach = torch.arange(self.size) - self.size // 2
+        seen = (torch.arange(depth)[:, None] + reach).abs()
+        return depth - 1 - (depth - 1 - seen).abs()
+
+    def slice_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        space = list(shape[1:])
+        del space[self.axis]
+        return (self.size, *space)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 4 or shape[0] != 1:
+            raise ValueError(
+                f"Sliding is a prior of volumes (1, d, h, w), got images of {tuple(shape)}"
+            )
+        if (depth := shape[1 + self.axis]) <= self.size // 2:
+            raise ValueError(
+                f"windows of {self.size} slices need at least {self.size // 2 + 1}, the "
+                f"volume has {depth}: use Slices, or more of them"
+            )
+        try:
+            self.inner.check(self.slice_shape(shape))
+        except ValueError as error:
+            raise ValueError(f"slices across {AXES[self.axis]}: {error}") from error
 
 
 @final

@@ -34,8 +34,8 @@ class UNetConfig:
             Patch-based Diffusion Models", NeurIPS 2024).
         classes: how many it tells apart; 0 if it is not told of any.
         dims: 2 for images, 3 for volumes, which need MONAI.
-        condition: channels of another image that it is shown beside, as `Segmenter`s are
-            shown the scans whose masks they know of.
+        condition: channels of another image that it is shown beside: a slice's
+            neighbours, or the scans whose masks `Segmenter`s know of.
     """
 
     channels: int = 1

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from invsolve import demo, io
+from invsolve import InverseProblem, demo, io, operators as ops, priors, samplers, solve
 from invsolve.cli import NOISES, OPERATORS, SAMPLERS, main
 from invsolve.priors import AffineMap, UNet, UNetConfig
 from invsolve.priors.weights import card_of
-from invsolve.units import MU_WATER
+from invsolve.units import MU_WATER, hu_to_mu, mu_to_hu
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,10 @@ def phantom(tmp_path_factory):
 
 
 def make_prior(folder, name, unit, **more):
-    together = more.get("neighbours", 1)
-    config = UNetConfig(channels=together, widths=(8, 16), groups=4)
+    together, shown = more.get("neighbours", 1), more.pop("condition", 0)
+    config = UNetConfig(
+        channels=together - shown, condition=shown, widths=(8, 16), groups=4
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = UNet(config)
@@ -349,6 +351,63 @@ def test_a_card_tells_who_knows_more_below_a_level(phantom, prior, refused, tmp_
         run(*base, "-o", out, "--prior", three)
         means.append(io.read(out / "mean.nii.gz").values)
     assert not torch.equal(*means)
+
+
+def solved(measured, prior, sampler, **options):
+    """The volume in HU that `solve` gives of the same measurements."""
+    m = io.load_measurements(measured)
+    angles = torch.as_tensor(m.operator["angles"])
+    A = ops.SliceWise(ops.ParallelBeam((32, 32), angles, pixel_mm=8.0), len(m.y))
+    noise = ops.TransmissionNoise(m.noise["counts"], m.noise["floor"])
+    problem = InverseProblem(m.y[None], A, noise)
+    generator = torch.Generator().manual_seed(0)
+    made = solve(problem, prior, sampler, generator=generator, **options)
+    return mu_to_hu(made.mean[0, 0])
+
+
+def test_a_slice_among_its_neighbours_and_two_priors_of_a_volume(
+    phantom, prior, refused, tmp_path
+):
+    """What the library makes of them by `Sliding`, `TwoPlanes` and another's volume."""
+    between = make_prior(tmp_path, "between", "1/mm", neighbours=3, condition=2)
+    y, first, then = tmp_path / "y.npz", tmp_path / "first", tmp_path / "then"
+    run("simulate", phantom, "-o", y, "--views", 12, "--slices", "0:3")
+    among = priors.Sliding(priors.load(between))
+    run(
+        *("solve", y, "-o", first, "--sampler", "pnp", "--volume"),
+        *("--prior", between, "--steps", 2),
+    )
+    mean = io.read(first / "mean.nii.gz").values
+    options = {"sigma_range": (0.01, 0.1), "lam": 0.1, "steps": 6}
+    torch.testing.assert_close(
+        mean, solved(y, among, samplers.pnp, steps=2), atol=0.5, rtol=1e-4
+    )
+    words = ("solve", y, "-o", then, "--sampler", "pnp", "--volume", "--steps", 6)
+    words += ("--set", "sigma_range=[0.01, 0.1]", "--set", "lam=0.1")
+    run(*words, "--prior", prior, "--beside", between, "--init", first / "mean.nii.gz")
+    both = priors.TwoPlanes(priors.Slices(priors.load(prior)), among, drawn=True)
+    made = io.read(then / "mean.nii.gz").values
+    begin = hu_to_mu(mean)[None, None]
+    expected = solved(y, both, samplers.pnp, init=begin, **options)
+    torch.testing.assert_close(made, expected, atol=0.5, rtol=1e-4)
+    for other in (both.first, both.second):  # both of them were asked
+        alone = solved(y, other, samplers.pnp, init=begin, **options)
+        assert (alone - made).abs().max() > 5
+    settings = json.loads((then / "result.json").read_text())["settings"]
+    assert settings["beside"] == str(between)
+    assert "prior beside it" in (then / "report.html").read_text()
+
+    nothing = ("solve", y, "-o", tmp_path / "no", "--prior", prior)
+    assert "--volume is for pnp, red" in refused(*nothing, "--volume")
+    assert "--sampler dds3d, or pnp --volume" in refused(*nothing, "--beside", prior)
+    plain = make_prior(tmp_path, "plain", "")
+    words = ("--sampler", "dds3d", "--beside", plain)
+    assert "is of images in no unit" in refused(*nothing, *words)
+    one = tmp_path / "one.npz"
+    run("simulate", phantom, "-o", one, "--views", 12, "--slice", 1)
+    words = ("solve", one, "-o", tmp_path / "no", "--sampler", "dds3d")
+    message = refused(*words, "--prior", between)
+    assert "need at least 2, the volume has 1" in message
 
 
 def test_a_volume_that_does_not_fit_is_refused(

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from invsolve import InverseProblem, samplers, solve
 from invsolve.operators import GaussianNoise, Mask, ParallelBeam, SliceWise
 from invsolve.priors import Slices, ddpm_sigmas
-from invsolve.samplers import dds3d, mbir
+from invsolve.samplers import dds3d, mbir, pnp, red
 from invsolve.samplers.ztv import slice_noise
 from invsolve.volumes import MEASUREMENTS, VOLUMES, MemoryPlan, memory_plan, peak_bytes
 
@@ -264,7 +264,7 @@ def test_spreading_needs_processes(toy: Toy) -> None:
         Slices(toy.prior.inner, spread=True)
 
 
-@pytest.mark.parametrize("sampler", [dds3d, mbir])
+@pytest.mark.parametrize("sampler", [dds3d, mbir, pnp, red])
 @pytest.mark.parametrize("depth", [8, 24])
 def test_no_more_memory_than_planned(sampler: Any, depth: int) -> None:
     """Of every tensor that is made in a solve, at once, at any depth."""
@@ -284,7 +284,7 @@ def test_no_more_memory_than_planned(sampler: Any, depth: int) -> None:
     go()  # the matrices are built once and kept
     # What the operator works on: two slices, in and out, and their products.
     allowed = plan.host + plan.network + 8 * 4 * SIDE**2
-    assert 4 * volume < peak_bytes(go) <= allowed
+    assert 3 * volume < peak_bytes(go) <= allowed
 
 
 def test_the_network_s_memory_is_of_the_chunk_alone() -> None:
@@ -300,6 +300,19 @@ def test_the_network_s_memory_is_of_the_chunk_alone() -> None:
     assert planned(40, 2).host == 10 * planned(4, 2).host
     four, two = planned(4, 4), planned(4, 2)
     assert four.network - two.network == 2 * two.slice > 0
+
+
+def test_the_network_s_memory_is_of_the_largest_of_a_prior_s_parts() -> None:
+    """Whose weights are all held, and one of which is asked at a time."""
+    y = torch.zeros(1, 1, 4, 8, 8, dtype=torch.float64)
+    given = InverseProblem(y, Mask(torch.ones(8, 8)), GaussianNoise(0.1))
+    small, large = (Slices(stack(8, 8).inner, 0, chunk) for chunk in (1, 4))
+    alone = [memory_plan(given, part) for part in (small, large)]
+    both = memory_plan(given, small, large)
+    weights = alone[0].network - alone[0].slice
+    assert weights > 0
+    assert both.network == alone[1].network + weights
+    assert (both.host, both.chunk) == (alone[1].host, 4)
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy() -> None:

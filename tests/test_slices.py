@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, final
 
+import numpy as np
 import pytest
 import torch
 from exact import PRIOR
@@ -31,8 +32,10 @@ from invsolve.priors import (
     Groups,
     Prior,
     Slices,
+    Sliding,
     TwoPlanes,
 )
+from invsolve.priors.networks.conditional import InTheMiddle
 from invsolve.shapes import Sigma, X
 
 D, H, W = 5, 4, 6
@@ -255,6 +258,94 @@ def test_groups_keep_their_unit_and_say_what_they_need() -> None:
     for name, value in bad.items():
         with pytest.raises(ValueError, match=r"axis is|must be at least 1"):
             Groups(PRIOR, **{name: value})  # pyright: ignore[reportArgumentType]
+
+
+# --- slices among their neighbours
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_each_slice_is_denoised_among_its_own(axis: int, size: int) -> None:
+    """The middle of an independent loop's windows, mirrored where the volume ends."""
+    x, (a, b) = volume(), CUT[axis]
+    d = size * a * b
+    factor = torch.randn(d, 4, generator=seeded(5), dtype=torch.float64)
+    mean = torch.randn(size, a, b, generator=seeded(6), dtype=torch.float64)
+    inner = GaussianPrior(mean, torch.eye(d).double() + factor @ factor.T)
+    depth, m = x.shape[2 + axis], size // 2
+    first = x[:, 0].movedim(1 + axis, 1).numpy()
+    sides = [(0, 0), (m, m), (0, 0), (0, 0)]
+    padded = torch.from_numpy(np.pad(first, sides, mode="reflect"))
+    for sigma in (SIGMA, torch.tensor([0.1, 3.0]).double()):
+        expected = torch.stack(
+            [inner.denoise(padded[:, k : k + size], sigma)[:, m] for k in range(depth)],
+            1 + axis,
+        )[:, None]
+        for chunk in (1, 2, 16):
+            made = Sliding(inner, size, axis, chunk).denoise(x, sigma)
+            assert_close(made, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_is_nearer_to_the_volume_s_own_prior_than_groups() -> None:
+    """Where the volume does not end, for a group's outer slices know one neighbour."""
+    depth, mean = 9, field(H, W).mean[0]
+    whole, three = correlated(depth, mean), correlated(3, mean)
+    x = whole.sample(50, generator=seeded(2))
+    for sigma in (0.2, 1.0, 3.0):
+        level = torch.tensor(sigma).double()
+        noisy = x + sigma * torch.randn(x.shape, generator=seeded(3)).double()
+        best = whole.denoise(noisy, level)[:, 1:-1]
+
+        def far(prior: Prior, noisy: Tensor = noisy, best: Tensor = best) -> float:
+            made = prior.denoise(noisy[:, None], level)[:, 0, 1:-1]  # noqa: B023
+            return float((made - best).square().mean())
+
+        slices, groups = far(Slices(field(H, W))), far(Groups(three))
+        assert far(Sliding(three)) < groups < 0.5 * slices
+        assert far(Sliding(correlated(5, mean), 5)) < 0.8 * far(Sliding(three))
+
+
+def test_a_network_of_the_middle_slice_alone() -> None:
+    """F of the middle, shown the others in their order; of these, Gaussian noise."""
+    told: list[Tensor] = []
+
+    @final
+    class Net(torch.nn.Module):
+        def forward(self, x: Tensor, c: Tensor, condition: Tensor) -> Tensor:
+            told.extend([x, condition])
+            return x + condition[:, :1] - 2 * condition[:, 1:]
+
+    x = torch.randn(2, 3, H, W, generator=seeded()).double()
+    into = 1 / (SIGMA**2 + 0.25).sqrt()
+    prior = EDMPrior(InTheMiddle(Net()), 0.5, channels=3)
+    made = prior.denoise(x, SIGMA)
+    assert_close(told[0], into * x[:, 1:2])
+    assert_close(told[1], into * x[:, ::2])
+    skip, out = 0.25 * into**2, 0.5 * SIGMA * into
+    assert_close(made[:, ::2], skip * x[:, ::2])
+    middle = into * (x[:, 1] + x[:, 0] - 2 * x[:, 2])
+    assert_close(made[:, 1], skip * x[:, 1] + out * middle)
+
+
+def test_windows_keep_their_unit_and_say_what_they_need() -> None:
+    map = AffineMap(0.02, 0.1)
+    prior = Sliding(Affine(correlated(3, field(H, W).mean[0]), map))
+    inner, found = prior.normalised
+    assert found == map and isinstance(inner, Sliding)
+    x, level = volume(), 0.02 * SIGMA
+    assert_close(prior.denoise(map(x), level), map(inner.denoise(x, SIGMA)))
+    net = Sliding(EDMPrior(lambda x, c: x, 0.5, multiple_of=2, channels=3))
+    net.check((1, 2, 4, 6))
+    with pytest.raises(ValueError, match="prior of volumes"):
+        net.check((2, 5, 4, 6))
+    with pytest.raises(ValueError, match=r"slices across d: .*divisible by 2"):
+        net.check((1, 5, 3, 6))
+    with pytest.raises(ValueError, match="need at least 2, the volume has 1"):
+        net.check((1, 1, 4, 6))
+    with pytest.raises(ValueError, match="1 channel"):
+        Sliding(EDMPrior(lambda x, c: x, 0.5, channels=1)).check((1, 5, 4, 6))
+    with pytest.raises(ValueError, match="size must be odd"):
+        Sliding(net.inner, 2)
 
 
 # --- two planes

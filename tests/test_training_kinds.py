@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from invsolve import io, priors
 from invsolve.priors import EDMPrior, UNet, UNetConfig
 from invsolve.priors.unet import Guided, folded, positions, unfolded
-from invsolve.training import TrainConfig, train
+from invsolve.training import ENDS, TrainConfig, begun, in_the_middle, noised, train
 from invsolve.training_data import Data, draw, load, load_classes
+from invsolve.training_loop import Optimisation
 from invsolve.units import MU_WATER
 
 TINY = {"widths": [8, 16], "groups": 4}
@@ -165,6 +166,63 @@ def test_neighbours_are_channels(tmp_path: Path) -> None:
         load(tmp_path, data_of(tmp_path, neighbours=4), Generator())
     with pytest.raises(ValueError, match="neighbours are slices"):
         data_of(tmp_path, neighbours=3, dims=3)
+
+
+def test_the_middle_slice_is_learnt_beside_its_neighbours(tmp_path: Path) -> None:
+    """Batches are those of neighbours; F of the middle is asked, and the others shown."""
+    x = 0.5 + torch.rand(6, 8, 8, generator=Generator().manual_seed(0))
+    np.save(tmp_path / "a.npy", x.numpy())
+    data = data_of(tmp_path, neighbours=3)
+    config = config_of(data, {"condition": 2}, images=40)
+    card = train(config, tmp_path / "out", seed=0)
+    made = json.loads(card.read_text())
+    assert made["neighbours"] == 3 and made["network"]["condition"] == 2
+    prior = priors.load(card)
+    assert any("it denoises the middle one" in line for line in prior.decisions)
+    priors.Sliding(prior).check((1, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"data\.neighbours to one more, not 2"):
+        train(
+            config_of(data_of(tmp_path, neighbours=2), {"condition": 1}),
+            tmp_path / "other",
+            seed=0,
+        )
+    with pytest.raises(ValueError, match="the middle slice of 3, shown the others"):
+        train(config_of(data_of(tmp_path), {"condition": 2}), tmp_path / "b", seed=0)
+
+
+def test_rows_of_the_middle_slice() -> None:
+    """Its target and noisy self, and its noisy neighbours; some mirrored, as at an end."""
+    opt = Optimisation(batch=400)
+    x0 = torch.randn(400, 5, 2, 2, generator=Generator().manual_seed(0))
+    rows = noised(x0, opt, Generator().manual_seed(1))
+    made = in_the_middle(rows, Generator().manual_seed(2))
+    assert torch.equal(made["x"], rows["x"][:, 2:3])
+    assert torch.equal(made["target"], rows["target"][:, 2:3])
+    assert torch.equal(made["c_noise"], rows["c_noise"])
+    below, above = made["condition"].split(2, 1)
+    assert torch.equal(above, rows["x"][:, 3:])
+    same = (below == rows["x"][:, :2]).flatten(1).all(1)
+    assert torch.equal(below[~same], above[~same].flip(1))
+    assert 400 - int(same.sum()) == pytest.approx(400 * ENDS, abs=4 * 6)
+
+
+def test_a_network_begins_with_one_that_was_shown_no_neighbours(tmp_path: Path) -> None:
+    """F does not see them at first; then it may go on from one that does."""
+    x = 0.5 + torch.rand(6, 8, 8, generator=Generator().manual_seed(0))
+    np.save(tmp_path / "a.npy", x.numpy())
+    alone = train(config_of(data_of(tmp_path), {}), tmp_path / "alone", seed=0)
+    told = config_of(data_of(tmp_path, neighbours=3), {"condition": 2})
+    told = told.model_copy(update={"start": str(alone)})
+    net = begun(network(condition=2), told)
+    x, c = torch.randn(2, 3, 8, 8), torch.rand(2)
+    with torch.no_grad():
+        made = net(x[:, 1:2], c, condition=x[:, ::2])
+        torch.testing.assert_close(made, trained(alone)(x[:, 1:2], c))
+    card = train(told, tmp_path / "beside", seed=0)
+    told = told.model_copy(update={"start": str(card)})
+    again = begun(network(condition=2), told).state_dict()
+    for name, weight in trained(card).state_dict().items():
+        torch.testing.assert_close(again[name], weight)
 
 
 @pytest.mark.parametrize("plane", ["coronal", "sagittal"])

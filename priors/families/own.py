@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..base import Prior
-from ..networks.conditional import AtClass
+from ..networks.conditional import AtClass, InTheMiddle
 from ..parameterisation import EDMPrior
 from ..unet import Guided, UNet, UNetConfig, laid_out
 from .family import Card, Family, State, filled, finished, sigma_data_of
@@ -35,11 +35,17 @@ def load(state: State, card: Card) -> Prior:
     except KeyError as error:
         raise ValueError(f"its card lacks {error}") from error
     net = laid_out(filled(lambda: UNet(config), state))
+    channels = config.channels + config.condition
     widths = ", ".join(map(str, config.widths))
     decisions = [
         f"U-Net: widths {widths}; {config.layers} block(s) a level (card)",
-        f"images of {config.channels} channel(s), sizes divisible by {config.multiple_of}",
+        f"images of {channels} channel(s), sizes divisible by {config.multiple_of}",
     ]
+    if config.condition:
+        net = InTheMiddle(net)
+        decisions.append(
+            f"of which it denoises the middle one, shown {config.condition}"
+        )
     if config.positions:
         decisions.append("it is told where each pixel lies; what it denoises is whole")
     if config.classes:
@@ -51,7 +57,7 @@ def load(state: State, card: Card) -> Prior:
         *levels,
         predicts=card.get("predicts", "edm"),
         multiple_of=config.multiple_of,
-        channels=config.channels,
+        channels=channels,
     )
     return finished(prior, card, decisions)
 
