@@ -36,17 +36,23 @@ class Bundled:
         other: the configuration whose validation images are of another kind.
         tasks: of benchmarks/results/quality, and their titles; none for a latent prior.
         folder: of these results, where they are not the table's own.
+        page: of docs, that tells of its tasks instead.
     """
 
     other: str
     tasks: Mapping[str, str] = field(default_factory=dict)
     folder: str = ""
+    page: str = ""
 
 
 CT, MR = "ct-headneck-128", "mr-brain-128"
 PHOTOS = {"sr-4": "SR ×4", "deblur": "deblurring", "inpaint": "inpainting"}
 PRIORS: Mapping[str, Bundled] = {
     CT: Bundled(MR, {"ct-30": "CT, 30 views", "ct-15": "CT, 15 views"}),
+    "ct-neighbours-128": Bundled(MR, page="volumes.md"),
+    "ct-between-128": Bundled(MR, page="volumes.md"),
+    "ct-coronal-128": Bundled(MR, page="volumes.md"),
+    "ct-organs-128": Bundled(MR, page="joint.md"),
     MR: Bundled(CT, {"mr-4": "MR ×4", "mr-8": "MR ×8"}),
     "natural-64": Bundled(CT, PHOTOS),
     "natural-64-x0": Bundled(CT, PHOTOS, "natural-64-x0"),
@@ -80,11 +86,14 @@ def told_apart(card: Mapping[str, Any]) -> str:
     rows = [r for r in card["likelihood"] if r["images"] == "of another kind"]
     if not rows:
         return "–"
-    return f"{rows[0]['auroc']:.2f} / {rows[0]['auroc_denoising']:.2f}"
+    found = (rows[0]["auroc"], rows[0]["auroc_denoising"])
+    return " / ".join("–" if value is None else f"{value:.2f}" for value in found)
 
 
 def tasks(name: str) -> str:
     """Of each task: the best of one draw, and of the mean of eight, over TV."""
+    if page := PRIORS[name].page:
+        return f"[{page}]({page})"
     if not PRIORS[name].tasks:
         return in_latents()
     told = []

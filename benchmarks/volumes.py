@@ -45,7 +45,7 @@ from invsolve.operators import (
 )
 from invsolve.planes import PLANES, plane_scores, planes_figure
 from invsolve.population import brain_mr, read_tissues
-from invsolve.priors import Equivariant, Groups, Slices, TwoPlanes
+from invsolve.priors import Equivariant, Groups, Slices, Sliding, TwoPlanes
 from invsolve.samplers import dds3d, mbir
 from invsolve.simulate import measure
 from invsolve.units import MU_WATER, hu_to_mu, mu_to_hu
@@ -98,10 +98,8 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     coupled: bool = False
     tasks: tuple[str, ...] = tuple(TASKS)
-    neighbours: str = ""
-    """A prior of neighbouring slices, in place of the task's."""
-    both: bool = False
-    """Ask the task's prior at some levels, and that of neighbouring slices at others."""
+    by: str = "slices"
+    """Which prior of volumes it asks: one of `volume_priors`."""
     begun: str = ""
     """The method, by its key, whose volume it begins with."""
     first: bool = False
@@ -129,7 +127,6 @@ def methods(steps: int) -> dict[str, Method]:
     passes = {"steps": steps, "cg_steps": 10}
     z_tv = {**passes, "eta": 1.0}
     positive = {"nonnegative": True}
-    together: dict[str, Any] = {"tasks": CT, "neighbours": "ct-neighbours-128"}
     return {
         "fbp": Method("FBP", samplers.fbp, tasks=CT),
         "sirt": Method("SIRT", samplers.sirt, fixed=positive, tasks=CT),
@@ -172,25 +169,35 @@ def methods(steps: int) -> dict[str, Method]:
             COUPLED,
             z_tv,
             coupled=True,
-            **together,
+            tasks=CT,
+            by="groups",
         ),
-        "both": Method(
-            "DDS, z-TV, both priors",
+        "planes": Method(
+            "DDS, z-TV, two planes",
             dds3d,
             COUPLED,
             z_tv,
             coupled=True,
-            **together,
-            both=True,
+            tasks=CT,
+            by="planes",
         ),
-        "pnp-both": Method(
+        "between": Method(
+            "DDS, z-TV, among neighbours",
+            dds3d,
+            COUPLED,
+            z_tv,
+            coupled=True,
+            tasks=CT,
+            by="between",
+        ),
+        "pnp-between": Method(
             "the same, then PnP",
             samplers.pnp,
             NEAR,
             {"steps": steps},
-            **together,
-            both=True,
-            begun="both",
+            tasks=CT,
+            by="between",
+            begun="between",
         ),
         "pnp-tv": Method(
             "ADMM-TV 3D, then PnP",
@@ -219,38 +226,60 @@ def methods(steps: int) -> dict[str, Method]:
 
 def prior_of(task: Task, method: Method) -> iv.priors.Prior:
     """The prior of volumes that a method takes for a task."""
-    slices = Slices(Equivariant(loaded(task.prior)))
-    if not method.neighbours:
-        return slices
-    groups = Groups(Equivariant(loaded(method.neighbours)))
-    return TwoPlanes(slices, groups, drawn=True) if method.both else groups
+    return volume_priors(task)[method.by]()
+
+
+def volume_priors(task: Task) -> Mapping[str, Callable[[], iv.priors.Prior]]:
+    """All of them, made when they are called for."""
+
+    def axial() -> iv.priors.Prior:
+        return Slices(Equivariant(loaded(task.prior)))
+
+    def coronal() -> iv.priors.Prior:
+        # Shifted, a stack's last slice would come to lie beside its first.
+        return Slices(Equivariant(loaded("ct-coronal-128"), shift=0), axis=1)
+
+    return {
+        "slices": axial,
+        "groups": lambda: Groups(Equivariant(loaded("ct-neighbours-128"))),
+        "between": lambda: Sliding(Equivariant(loaded("ct-between-128"))),
+        "planes": lambda: TwoPlanes(axial(), coronal(), share=1 / 2.7, drawn=True),
+    }
 
 
 loaded = cache(iv.priors.load)
 
 
 def experts(args: argparse.Namespace) -> None:
-    """Where the prior of neighbours denoises better, on volumes that no table has."""
+    """How each prior of slices denoises volumes that no table has, level by level."""
     results, task = load(), TASKS["ct-8"]
-    slices = Slices(Equivariant(loaded(task.prior)))
-    groups = Groups(Equivariant(loaded("ct-neighbours-128")))
-    scale, generator = groups.normalised[1].scale, Generator().manual_seed(0)
+    asked = {name: volume_priors(task)[name]() for name in EXPERTS}
+    scale = asked["slices"].normalised[1].scale
+    generator = Generator().manual_seed(0)
     found = ct_volumes(args.data, "tune", args.volumes, args.depth)
     rows = []
-    for level in (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 1.0, 2.0):
+    for level in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0):
         sigma, errors = torch.tensor(level * scale), []
         for _, x, _ in found:
             noisy = x + sigma * torch.randn(x.shape, generator=generator)
             region = body_mask(x[0].movedim(0, 1))[:, 0]
             with torch.no_grad():
-                gaps = [(p.denoise(noisy, sigma) - x)[0, 0] for p in (slices, groups)]
+                gaps = [(p.denoise(noisy, sigma) - x)[0, 0] for p in asked.values()]
             errors.append([float(gap[region].square().mean()) for gap in gaps])
         mean = torch.tensor(errors).mean(0)
         psnrs = (10 * ((2 * MU_WATER) ** 2 / mean).log10()).tolist()
-        rows.append({"sigma": level, "slices": psnrs[0], "neighbours": psnrs[1]})
+        rows.append({"sigma": level, **dict(zip(asked, psnrs, strict=True))})
         print(rows[-1], flush=True)
     results["experts"] = {"volumes": len(found), "rows": rows, "date": today()}
     keep(results)
+
+
+EXPERTS = {
+    "slices": "ct-headneck-128",
+    "groups": "ct-neighbours-128",
+    "between": "ct-between-128",
+}
+"""Priors of slices by whose kind a volume is asked, and their names."""
 
 
 def zero_filled(problem: iv.InverseProblem, prior: Any = None, **_: Any) -> Tensor:
@@ -589,7 +618,7 @@ def depth(args: argparse.Namespace) -> None:
         keep(results)
 
 
-WHOLE = ("tv", "dds3d", "groups")
+WHOLE = ("tv", "dds3d", "groups", "between")
 
 
 def whole(args: argparse.Namespace) -> None:
@@ -741,10 +770,7 @@ def by_level(results: dict[str, Any]) -> str:
         "| σ | " + " | ".join(f"{r['sigma']:g}" for r in rows) + " |",
         "| --- |" + " --- |" * len(rows),
     ]
-    for key, name in (
-        ("slices", "ct-headneck-128"),
-        ("neighbours", "ct-neighbours-128"),
-    ):
+    for key, name in EXPERTS.items():
         lines.append(
             f"| `{name}` | " + " | ".join(f"{r[key]:.1f}" for r in rows) + " |"
         )

@@ -1,12 +1,13 @@
 """How good a prior is: measured on images that it never saw, told on one page.
 
 A prior of latents is measured in them, and its autoencoder on images; what it draws is
-decoded first.
+decoded first. A prior of the middle one of some slices is measured there; it draws a
+volume's slices, each among its neighbours, and has no likelihood.
 """
 
 import base64
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace as replaced
 from datetime import UTC, datetime
 from functools import partial
 from io import BytesIO
@@ -22,8 +23,9 @@ from .io import replace
 from .likelihood import bits_per_dimension, log_likelihood
 from .metrics import psnr, ssim
 from .operators import GaussianNoise, Identity
-from .priors import Prior
+from .priors import Prior, Sliding
 from .priors.latent import LatentPrior
+from .priors.networks.conditional import InTheMiddle, apart
 from .problem import InverseProblem
 from .random import randn_like
 from .report import machine, render, versions
@@ -65,11 +67,14 @@ class Denoising:
 @final
 @dataclass(frozen=True)
 class Likelihood:
-    """Bits per dimension of some images, and how well they are told from held-out ones."""
+    """Bits per dimension of some images, and how well they are told from held-out ones.
+
+    Without bits of a prior that is no density of images.
+    """
 
     images: str
-    bits: float
-    error: float
+    bits: float | None = None
+    error: float | None = None
     auroc: float | None = None
     auroc_denoising: float | None = None
 
@@ -157,6 +162,8 @@ class _Space:
         rival, name: what the prior's denoising is set beside.
         spread: of held-out items, the R of 10 log₁₀ R²/MSE.
         levels, level: the noise levels of the table, and that of the denoising error.
+        told: of an item, what the prior denoises: all of it, or the middle channel.
+        volume: of a prior of the middle channel, that of volumes which samples are of.
     """
 
     encode: Denoiser
@@ -166,6 +173,8 @@ class _Space:
     spread: Callable[[Tensor], float]
     levels: tuple[float, ...]
     level: float
+    told: Denoiser = lambda x: x
+    volume: Prior | None = None
 
 
 def evaluate(
@@ -208,47 +217,44 @@ def evaluate(
         kinds["of another kind"] = _fit(strange, held_out)
     inner.check(tuple(held_out.shape[1:]))
     space = _latents(inner, train) if isinstance(inner, LatentPrior) else _pixels(seen)
+    if isinstance(vars(inner).get("net"), InTheMiddle):
+        volume = Sliding(inner, held_out.shape[1])
+        space = replaced(space, told=lambda x: apart(x)[0], volume=volume)
     coded = {kind: space.encode(x) for kind, x in kinds.items()}
     x0 = coded["held out"]
     back, spread = space.decode(x0), space.spread(x0)
 
+    like = torch.zeros(samples, *x0.shape[1:])
+    if space.volume is not None:
+        like = torch.zeros(1, 1, samples, *x0.shape[2:])
     state = unconditional(
-        inner,
-        torch.zeros(samples, *x0.shape[1:]),
-        steps=steps,
-        generator=generator,
-        progress=progress,
+        space.volume or inner, like, steps=steps, generator=generator, progress=progress
     )
-    drawn = space.decode(state)
+    drawn = space.decode(state if state.ndim == 4 else state[0].movedim(0, 1))
     table = [
-        denoising(inner, space.rival, x0, sigma, spread, generator)
+        denoising(inner, space.rival, x0, sigma, spread, generator, told=space.told)
         for sigma in space.levels
     ]
     bits, errors = {}, {}
     for kind, x in coded.items():
-        log_p = log_likelihood(
-            inner, x, steps=steps, generator=generator, progress=progress
-        )
-        bits[kind] = bits_per_dimension(log_p, x[0].numel())
-        errors[kind] = _denoising_error(inner, x, space.level, generator)
-    rows = [
-        Likelihood(
-            kind,
-            float(b.mean()),
-            float(b.std() / len(b) ** 0.5),
-            None if kind == "held out" else auroc(bits["held out"], b),
-            None if kind == "held out" else auroc(errors["held out"], errors[kind]),
-        )
-        for kind, b in bits.items()
-    ]
-    near, index = nearest(drawn, train)
-    near_held_out, _ = nearest(back, train)
+        if space.volume is None:
+            log_p = log_likelihood(
+                inner, x, steps=steps, generator=generator, progress=progress
+            )
+            bits[kind] = bits_per_dimension(log_p, x[0].numel())
+        errors[kind] = _denoising_error(inner, x, space, generator)
+    rows = [_likelihood(kind, bits, errors) for kind in coded]
+    told, told_back, told_train = map(space.told, (held_out, back, train))
+    near, index = nearest(drawn, told_train)
+    near_held_out, _ = nearest(told_back, told_train)
     closest = near.argsort()[:8]
-    pairs = torch.cat([drawn[closest], train[index[closest]].float()])
-    spectra, coding = {"held out": held_out, "samples": drawn}, None
+    pairs = torch.cat([drawn[closest], told_train[index[closest]].float()])
+    spectra, coding = {"held out": told, "samples": drawn}, None
     if isinstance(inner, LatentPrior):
         coding = reconstruction(held_out, back)
         spectra["held out, decoded"] = back
+    if not data.photo_crops:  # channels are slices, or labels, and no colours
+        told, drawn, pairs = map(_side_by_side, (told, drawn, pairs))
     today = datetime.now(UTC).date().isoformat()
     facts = {
         "Prior": {k: str(v) for k, v in prior.info if v not in (None, "", ())},
@@ -271,7 +277,7 @@ def evaluate(
         spread,
         {"samples": samples, "held_out": len(held_out), "train": len(train)},
         sheet(drawn, held_out),
-        sheet(held_out[:16], held_out),
+        sheet(told[:16], held_out),
         sheet(pairs, held_out, columns=len(closest)),
         _spectra(spectra),
         facts,
@@ -287,18 +293,16 @@ def denoising(
     sigma: float,
     data_range: float,
     generator: Generator,
+    *,
+    told: Denoiser = lambda x: x,
 ) -> Denoising:
-    """PSNR of D(x₀ + σn; σ), and of the rival's at that level."""
+    """PSNR of D(x₀ + σn; σ), and of the rival's at that level, of what is told of each."""
     classical = rival(sigma, generator)
     noisy = x0 + sigma * randn_like(x0, generator)
     with torch.no_grad():
         denoised = prior.denoise(noisy, torch.tensor(sigma))
-    return Denoising(
-        sigma,
-        _psnr(noisy, x0, data_range),
-        _psnr(classical(noisy), x0, data_range),
-        _psnr(denoised, x0, data_range),
-    )
+    made = (noisy, classical(noisy), denoised)
+    return Denoising(sigma, *(_psnr(told(x), told(x0), data_range) for x in made))
 
 
 def tuned_tv(tuning: Images) -> Rival:
@@ -476,12 +480,32 @@ def _tv(x: Images, sigma: float, lam: float) -> Images:
 
 @torch.no_grad()
 def _denoising_error(
-    prior: Prior, x0: Images, sigma: float, generator: Generator
+    prior: Prior, x0: Images, space: _Space, generator: Generator
 ) -> Numbers:
     """The root mean square of D(x₀ + σn; σ) − x₀, image by image."""
-    x = x0 + sigma * randn_like(x0, generator)
-    gap = prior.denoise(x, torch.tensor(sigma)) - x0
+    x = x0 + space.level * randn_like(x0, generator)
+    gap = space.told(prior.denoise(x, torch.tensor(space.level)) - x0)
     return gap.square().flatten(1).mean(1).sqrt()
+
+
+def _likelihood(
+    kind: str, bits: Mapping[str, Numbers], errors: Mapping[str, Numbers]
+) -> Likelihood:
+    """A kind's row: its own bits, and how it is told from what was held out."""
+    usual, own = "held out", bits.get(kind)
+    strange = kind != usual
+    return Likelihood(
+        kind,
+        None if own is None else float(own.mean()),
+        None if own is None else float(own.std() / len(own) ** 0.5),
+        auroc(bits[usual], own) if strange and own is not None else None,
+        auroc(errors[usual], errors[kind]) if strange else None,
+    )
+
+
+def _side_by_side(x: Images) -> Images:
+    """Channels one beside the other, in one image."""
+    return x.movedim(1, 2).flatten(2, 3)[:, None]
 
 
 def sheet(x: Images, like: Images, columns: int = 8) -> str:
@@ -492,7 +516,7 @@ def sheet(x: Images, like: Images, columns: int = 8) -> str:
     grey = ((x - low) / (high - low)).clamp(0, 1)
     empty = -len(grey) % columns
     filled = torch.cat([grey, grey.new_ones(empty, *grey.shape[1:])])
-    times = max(1, 128 // grey.shape[-1])  # small images are shown larger
+    times = max(1, 128 // grey.shape[-2])  # small images are shown larger
     large = filled.repeat_interleave(times, -1).repeat_interleave(times, -2)
     framed = pad(large, [2] * 4)
     rows = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)

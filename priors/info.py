@@ -111,7 +111,9 @@ def _spatial_dims(net: Any) -> int | None:
 def _conditioning(net: Any) -> str:
     if not isinstance(net, nn.Module):
         return ""
-    from .networks.conditional import AtClass
+    from .networks.conditional import AtClass, InTheMiddle
 
+    if isinstance(net, InTheMiddle):
+        return "the slices around the middle one"
     held = next((m for m in net.modules() if isinstance(m, AtClass)), None)
     return "" if held is None else f"class {int(held.label)}"

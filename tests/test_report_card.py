@@ -4,27 +4,29 @@ import json
 import math
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from invsolve import io
 from invsolve.cli import app
-from invsolve.priors import AffineMap, GaussianPrior, UNetConfig
+from invsolve.priors import AffineMap, EDMPrior, GaussianPrior, UNetConfig
 from invsolve.priors.latent import (
     Autoencoder,
     AutoencoderConfig,
     LatentPrior,
     latent_card,
 )
+from invsolve.priors.networks.conditional import InTheMiddle
 from invsolve.priors.unet import UNet
 from invsolve.report_card import (
+    _side_by_side,
     auroc,
     denoising,
     evaluate,
@@ -157,6 +159,48 @@ def test_a_card_of_a_known_prior(tmp_path: Path, data: Data) -> None:
     page = (tmp_path / "card.html").read_text("utf-8")
     assert "white &lt;noise&gt;" in page and "http" not in page
     assert page.count("data:image/png;base64,") == 4
+
+
+@final
+class Nothing(nn.Module):
+    """F = 0, with which D is that of white noise of σ_d."""
+
+    def forward(self, x: Tensor, c: Tensor, condition: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_a_card_of_the_middle_slice_of_three(tmp_path: Path, data: Data) -> None:
+    """It is measured where it denoises, draws a volume's slices, and has no likelihood."""
+    three = data.model_copy(update={"neighbours": 3})
+    net = InTheMiddle(Nothing())
+    card = evaluate(
+        "middle",
+        EDMPrior(net, 0.5, 0.01, 50.0, channels=3),
+        three,
+        tmp_path,
+        other=three.model_copy(update={"val": Path("other")}),
+        images=10,
+        samples=6,
+        steps=60,
+        generator=Generator().manual_seed(0),
+    )
+    for row in card.denoising:
+        variance = 0.25 * row.sigma**2 / (0.25 + row.sigma**2)
+        ideal = 10 * math.log10(card.data_range**2 / variance)
+        assert row.prior == pytest.approx(ideal, abs=1.0)  # of 640 pixels: 4 errors
+    held_out, _, strange = card.likelihood
+    assert held_out.bits is None and strange.auroc is None
+    assert strange.auroc_denoising == 1
+    assert card.memory.samples == pytest.approx(card.memory.held_out, rel=0.2)
+    save_card(tmp_path / "card.html", card)
+    assert "no density of images" in (tmp_path / "card.html").read_text("utf-8")
+
+
+def test_channels_that_are_no_colours_are_shown_side_by_side() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 2, 2)
+    made = _side_by_side(x)
+    assert made.shape == (2, 1, 2, 6)
+    assert torch.equal(made[1, 0], torch.cat(list(x[1]), 1))
 
 
 def test_another_number_of_channels_is_refused(tmp_path: Path, data: Data) -> None:

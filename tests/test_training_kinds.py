@@ -179,6 +179,8 @@ def test_the_middle_slice_is_learnt_beside_its_neighbours(tmp_path: Path) -> Non
     assert made["neighbours"] == 3 and made["network"]["condition"] == 2
     prior = priors.load(card)
     assert any("it denoises the middle one" in line for line in prior.decisions)
+    assert prior.info.conditioning == "the slices around the middle one"
+    assert prior.info.channels == 3
     priors.Sliding(prior).check((1, 2, 8, 8))
     with pytest.raises(ValueError, match=r"data\.neighbours to one more, not 2"):
         train(
