@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Generator
 
 import invsolve as iv
 from invsolve import samplers
-from invsolve.demo import COUNTS, Method, compare
+from invsolve.demo import COUNTS, TV, Method, compare
 from invsolve.units import MU_WATER
 
 GRIDS: Mapping[str, tuple[Any, int, Mapping[str, Sequence[Any]]]] = {
@@ -50,6 +51,17 @@ GRIDS: Mapping[str, tuple[Any, int, Mapping[str, Sequence[Any]]]] = {
             "weight": ["calibrated"],
             "optimizer": ["prox"],
             "init": ["zeros"],
+        },
+    ),
+    "pnp": (
+        samplers.pnp,
+        1,
+        {
+            "init": [partial(samplers.tv, **TV)],
+            "steps": [20],
+            "sigma_range": [(0.01, 0.1), (0.01, 0.2)],
+            "lam": [0.1, 0.2, 0.4],
+            "cg_steps": [15],
         },
     ),
     "dds": (

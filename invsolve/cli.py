@@ -44,6 +44,7 @@ from invsolve.report import (
     shown,
     shown_unit,
     table,
+    told,
     versions,
 )
 from invsolve.samplers.solvers import (
@@ -288,7 +289,7 @@ def demo(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Reconstruct low-dose CT of real slices by four methods.
+    """Reconstruct low-dose CT of real slices by five methods.
 
     Simulates the measurements of the bundled slices, solves them, prints how far each
     method is from the truth, and writes report.png, report.html and result.json.
@@ -317,7 +318,7 @@ def demo(
         title="Sparse-view, low-dose CT with a diffusion prior",
         summary=f"{n} axial slice{'s' if n > 1 else ''} of real head-and-neck CT, "
         f"measured by {views} views with {counts:,.0f} photons for each detector "
-        "element, and reconstructed by four methods.",
+        "element, and reconstructed by five methods.",
         results=found.results,
         unit="HU",
         truth=found.truth,
@@ -604,7 +605,7 @@ def solve(
     except ValueError as error:
         raise ValueError(f"cannot solve {measurements}: {error}") from error
     is_ct = m.operator["name"] in TOMOGRAPHY
-    options = _options(sampler, method, set_ or [], steps, tuned=is_ct)
+    options = _options(sampler, method, set_ or [], steps, tuned=is_ct and not whole)
     if init is not None:
         begin = _begin(init, m, sampler, method)
         options["init"] = begin.movedim(0, 1)[None] if whole else begin
@@ -690,7 +691,7 @@ def solve(
     if colour:  # shown and written as three slices
         as_slices = solution.samples.movedim(2, 1)
         solution = dataclasses.replace(solution, samples=as_slices)
-    options = {k: str(v) if isinstance(v, Solver) else v for k, v in options.items()}
+    options = told(options)
     if init is not None:
         options["init"] = f"{init.name}, sha256 {sha256(init)}"
     result = Result.of(sampler, solution, m.unit, true, options, colour=colour)

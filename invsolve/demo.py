@@ -1,8 +1,9 @@
-"""The main job on real data: low-dose, sparse-view CT by four methods."""
+"""The main job on real data: low-dose, sparse-view CT by five methods."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, final
@@ -14,7 +15,7 @@ from . import io, samplers
 from .operators import ParallelBeam, TransmissionNoise
 from .priors import Equivariant, Prior
 from .problem import InverseProblem
-from .report import Result
+from .report import Result, told
 from .samplers.reddiff import PRESETS
 from .simulate import measure
 from .solve import solve
@@ -60,10 +61,21 @@ class Method:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
 
+TV: Mapping[str, Any] = {"lam": 2.8 / MU_WATER, "steps": 200, "nonnegative": True}
+
 METHODS = (
     Method("FBP", samplers.fbp, {"window": "shepp-logan"}),
+    Method("TV", samplers.tv, TV),
     Method(
-        "TV", samplers.tv, {"lam": 2.8 / MU_WATER, "steps": 200, "nonnegative": True}
+        "PnP from TV",
+        samplers.pnp,
+        {
+            "init": partial(samplers.tv, **TV),
+            "steps": 20,
+            "sigma_range": (0.01, 0.1),
+            "lam": 0.2,
+            "cg_steps": 15,
+        },
     ),
     Method("RED-diff", samplers.reddiff, PRESETS["ct"], samples=4),
     Method(
@@ -180,7 +192,7 @@ def compare(
                 **method.options,
             )
         results.append(
-            Result.of(method.name, solution, "1/mm", truth, dict(method.options))
+            Result.of(method.name, solution, "1/mm", truth, told(method.options))
         )
     return Comparison(truth, results, problem)
 

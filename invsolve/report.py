@@ -5,7 +5,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from .io import Unit, replace
 from .metrics import BODY_HU, body_mask, psnr, ssim
 from .planes import PLANES, film, plane_scores, planes_figure
 from .samplers import Kind
+from .samplers.solvers import Solver
 from .solve import Solution, Stats
 from .units import MU_WATER, hu_to_mu, mu_to_hu
 
@@ -122,6 +123,20 @@ class Result:
             *scores,
             settings or {},
         )
+
+
+def told(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A sampler's options for the record: another method, or a solver, by its name."""
+    return {k: _named(v) for k, v in options.items()}
+
+
+def _named(method: Any) -> Any:
+    if isinstance(method, Solver):
+        return str(method)
+    if isinstance(method, partial):
+        given = ", ".join(f"{k}={_brief(v)}" for k, v in method.keywords.items())
+        return f"{method.func.__name__}({given})"
+    return getattr(method, "__name__", method)
 
 
 def shown(image: Tensor, unit: Unit) -> Tensor:
