@@ -20,7 +20,6 @@ from .io import Unit, replace
 from .metrics import BODY_HU, body_mask, psnr, ssim
 from .planes import PLANES, film, plane_scores, planes_figure
 from .samplers import Kind
-from .samplers.solvers import Solver
 from .solve import Solution, Stats
 from .units import MU_WATER, hu_to_mu, mu_to_hu
 
@@ -131,12 +130,12 @@ def told(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(method: Any) -> Any:
-    if isinstance(method, Solver):
-        return str(method)
     if isinstance(method, partial):
         given = ", ".join(f"{k}={_brief(v)}" for k, v in method.keywords.items())
         return f"{method.func.__name__}({given})"
-    return getattr(method, "__name__", method)
+    if callable(method):
+        return getattr(method, "__name__", str(method))
+    return method
 
 
 def shown(image: Tensor, unit: Unit) -> Tensor:

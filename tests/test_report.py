@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from invsolve.report import (
     save_figure,
     save_page,
     table,
+    told,
     versions,
 )
+from invsolve.samplers import tv
+from invsolve.samplers.solvers import DDIM
 from invsolve.solve import Solution, Stats
 from invsolve.units import MU_WATER, hu_to_mu
 
@@ -37,6 +41,17 @@ def results(truth, generator):
     steered = Solution(mu + noise[:1], "steered", "dps", STATS)
     named = {"TV": one, "DDS <b>": many, "DPS": steered}
     return [Result.of(n, s, "1/mm", truth, {"lam": 1 / 3}) for n, s in named.items()]
+
+
+def test_options_are_told_by_name():
+    given = {"init": partial(tv, lam=1 / 3, steps=2), "solver": DDIM(0.5), "lam": 0.1}
+    expected = {
+        "init": "tv(lam=0.3333, steps=2)",
+        "solver": "DDIM(eta=0.5)",
+        "lam": 0.1,
+    }
+    assert told(given) == expected
+    assert told({"init": tv, "start": "pinv"}) == {"init": "tv", "start": "pinv"}
 
 
 @pytest.fixture
