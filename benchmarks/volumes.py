@@ -671,8 +671,8 @@ def complete(results: dict[str, Any], names: Collection[str]) -> list[dict[str, 
             v for v in seen if wanted <= {r["method"] for r in runs if r["volume"] == v}
         ]
     counts = {
-        group: min(len(done[k]) for k, task in TASKS.items() if task.kind == group)
-        for group in TUNED_ON
+        kind: min(len(done[name]) for name, task in TASKS.items() if task.kind == kind)
+        for kind in TUNED_ON
     }
     chosen = {name: done[name][: counts[task.kind]] for name, task in TASKS.items()}
     return [r for r in results["run"].values() if r["volume"] in chosen[r["task"]]]

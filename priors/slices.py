@@ -148,8 +148,39 @@ class Slices(OfSlices):
             raise ValueError(f"slices across {AXES[self.axis]}: {error}") from error
 
 
+class OfNeighbours(OfSlices):
+    """What priors of volumes share whose inner prior sees ``size`` slices as channels."""
+
+    size: int
+    seen: str = "slices"
+    """What it cuts a volume into, as its errors call it."""
+
+    def slice_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        space = list(shape[1:])
+        del space[self.axis]
+        return (self.size, *space)
+
+    def check_depth(self, shape: tuple[int, ...], least: int, needs: str) -> None:
+        """Refuse what is no volume, has too few slices, or the inner prior cannot take."""
+        name = type(self).__name__
+        if len(shape) != 4 or shape[0] != 1:
+            raise ValueError(
+                f"{name} is a prior of volumes (1, d, h, w), got images of {tuple(shape)}"
+            )
+        if (depth := shape[1 + self.axis]) < least:
+            raise ValueError(
+                f"{needs}, the volume has {depth}: use Slices, or more of them"
+            )
+        try:
+            self.inner.check(self.slice_shape(shape))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.seen} across {AXES[self.axis]}: {error}"
+            ) from error
+
+
 @final
-class Groups(OfSlices):
+class Groups(OfNeighbours):
     """D(x; σ)_G = D_k(x_G; σ), with G the groups of k slices that a volume is divided into.
 
     Song, Hu, Luo, Fessler, Shen, "DiffusionBlend: Learning 3D Image Prior through
@@ -170,6 +201,8 @@ class Groups(OfSlices):
     Raises:
         ValueError: a number is out of range.
     """
+
+    seen = "groups"
 
     def __init__(
         self,
@@ -212,30 +245,17 @@ class Groups(OfSlices):
         within = torch.arange(block).reshape(self.size, self.spacing).T
         return (torch.tensor(sorted(set(starts)))[:, None, None] + within).flatten(0, 1)
 
-    def slice_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        space = list(shape[1:])
-        del space[self.axis]
-        return (self.size, *space)
-
     def check(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 4 or shape[0] != 1:
-            raise ValueError(
-                f"Groups is a prior of volumes (1, d, h, w), got images of {tuple(shape)}"
-            )
-        depth, block = shape[1 + self.axis], self.size * self.spacing
-        if depth < block:
-            raise ValueError(
-                f"groups of {self.size} slices, {self.spacing} apart, need {block} "
-                f"slices, the volume has {depth}: use Slices, or more of them"
-            )
-        try:
-            self.inner.check(self.slice_shape(shape))
-        except ValueError as error:
-            raise ValueError(f"groups across {AXES[self.axis]}: {error}") from error
+        block = self.size * self.spacing
+        self.check_depth(
+            shape,
+            block,
+            f"groups of {self.size} slices, {self.spacing} apart, need {block} slices",
+        )
 
 
 @final
-class Sliding(OfSlices):
+class Sliding(OfNeighbours):
     """D(x; σ)_k = D_n(x_{k−m} … x_{k+m}; σ)_m, with n = 2m + 1: each slice among its own.
 
     E[x_k | slices k−m … k+m of x], where `Slices` has E[x_k | slice k]: nearer to the
@@ -270,22 +290,11 @@ class Sliding(OfSlices):
     def denoise(self, x: X, sigma: Sigma) -> X:
         cut = 2 + self.axis
         stack = x[:, 0].movedim(cut - 1, 1)  # (batch, slices, a, b)
-        windows, levels = (
-            self.windows(stack.shape[1]).to(x.device),
-            sigma.expand(len(x)),
-        )
-        out = torch.stack(
-            [
-                torch.cat(
-                    [
-                        self.through(item[some], level)[:, self.size // 2].to(x.device)
-                        for some in windows.split(self.chunk)
-                    ]
-                )
-                for item, level in zip(stack, levels, strict=True)
-            ]
-        )
-        return out.movedim(1, cut - 1)[:, None]
+        windows, out = self.windows(stack.shape[1]).to(x.device), []
+        for item, level in zip(stack, sigma.expand(len(x)), strict=True):
+            seen = (self.through(item[w], level) for w in windows.split(self.chunk))
+            out.append(torch.cat([s[:, self.size // 2].to(x.device) for s in seen]))
+        return torch.stack(out).movedim(1, cut - 1)[:, None]
 
     def windows(self, depth: int) -> Int[Tensor, "slices size"]:
         """Which slices are seen beside each."""
@@ -293,25 +302,11 @@ class Sliding(OfSlices):
         seen = (torch.arange(depth)[:, None] + reach).abs()
         return depth - 1 - (depth - 1 - seen).abs()
 
-    def slice_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        space = list(shape[1:])
-        del space[self.axis]
-        return (self.size, *space)
-
     def check(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 4 or shape[0] != 1:
-            raise ValueError(
-                f"Sliding is a prior of volumes (1, d, h, w), got images of {tuple(shape)}"
-            )
-        if (depth := shape[1 + self.axis]) <= self.size // 2:
-            raise ValueError(
-                f"windows of {self.size} slices need at least {self.size // 2 + 1}, the "
-                f"volume has {depth}: use Slices, or more of them"
-            )
-        try:
-            self.inner.check(self.slice_shape(shape))
-        except ValueError as error:
-            raise ValueError(f"slices across {AXES[self.axis]}: {error}") from error
+        least = self.size // 2 + 1
+        self.check_depth(
+            shape, least, f"windows of {self.size} slices need at least {least}"
+        )
 
 
 @final
