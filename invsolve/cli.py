@@ -517,7 +517,7 @@ def solve(
         typer.Option(help="Sinogram: photon noise of so many through air."),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="float32, or bf16 for the network alone.")
+        str, typer.Option(help="Of the network: bf16 where the device computes in it.")
     ] = "float32",
     checkpoint: Annotated[
         Path | None,
@@ -787,7 +787,8 @@ def segment(
         ),
     ] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Of the network: bf16 is faster where it is fast.")
+        Precision,
+        typer.Option(help="Of the network: bf16 where the device computes in it."),
     ] = "float32",
     dicom_seg: Annotated[
         bool,

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .bf16 import autocast
 from .linalg import cg, largest_eigenvalue
 from .operators import LinearOperator
 from .operators.parametric import Parametric, Rows
@@ -505,7 +506,7 @@ class UNetHead(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         first, rest = x.tensor_split([self.unet.config.channels], 1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(x.device, self.bf16):
             change = self.unet(first, level, condition=rest)
         return change.float(), self.log_mu[0] + self.log_mu[1] * level
 

@@ -131,7 +131,8 @@ def solve(
         chunk: how many images go through the network at once. Unless given: 16 on a
             CPU, all on a GPU, and volumes one by one; halved whenever memory runs out.
         device: where to compute; where the measurements are unless given.
-        precision: ``bf16`` runs the network in bfloat16 where that is safe. The state,
+        precision: ``bf16`` runs the network in bfloat16 where that is safe, on a device
+            that computes in it; on others in float32, which is faster there. The state,
             the operator and the data's steps stay as they are.
         compile: let torch compile the network: minutes at first, faster after, on GPUs.
         record: keep every so manieth pass of the network for the first sample of each

@@ -4,6 +4,7 @@ from typing import Literal, final
 
 import torch
 
+from .bf16 import autocast
 from .priors import Prior
 from .shapes import Sigma, X
 
@@ -33,7 +34,7 @@ class _Accelerated(Prior):
         self.run = torch.compile(inner.denoise) if compile else inner.denoise
 
     def denoise(self, x: X, sigma: Sigma) -> X:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(x.device, self.bf16):
             return self.run(x, sigma).to(x.dtype)
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -26,6 +26,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Normal
 
 from invsolve import io, priors
+from invsolve.bf16 import autocast
 from invsolve.priors import AffineMap, EDMPrior, Prior, Sliding, UNet, UNetConfig
 from invsolve.priors.networks.conditional import InTheMiddle, apart
 from invsolve.priors.parameterisation import (
@@ -271,7 +272,7 @@ def matching(
     **told: Tensor,
 ) -> Tensor:
     """The mean of ‖F(c_in x_σ; c_noise) − target‖², weighed if there is a weight."""
-    with torch.autocast(target.device.type, torch.bfloat16, enabled=bf16):
+    with autocast(target.device, bf16):
         out = net(**told)
     square = (out.float() - target).square()
     return (square if weight is None else weight * square).mean()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from invsolve import io
+from invsolve.bf16 import autocast
 from invsolve.priors import AffineMap, EDMPrior, UNet, UNetConfig
 from invsolve.priors.latent import AutoencoderConfig, KLAutoencoder, latent_card
 from invsolve.priors.weights import sha256
@@ -159,7 +160,7 @@ def autoencoder_loss(
     net: KLAutoencoder, x: Tensor, noise: Tensor, kl: float, bf16: bool
 ) -> Tensor:
     """mean |x − Dec(z)| + w mean KL(q(z | x) ‖ N(0, I)) with z = μ(x) + s(x) · noise."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+    with autocast(x.device, bf16):
         q = net.posterior(x)
         mean, logvar = q.mean.float(), q.logvar.float()
         back = net.decode(mean + (logvar / 2).exp() * noise)

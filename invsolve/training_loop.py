@@ -59,6 +59,7 @@ class Optimisation(Section):
     class_dropout: float = Field(default=0.1, ge=0, le=1)
     """The part of the images whose class, if they have one, is not told."""
     bf16: bool = True
+    """The network's passes in bfloat16, on a device that computes in it."""
     accumulate: int = Field(default=1, gt=0)
     """In how many parts a batch goes through the network: less memory, the same steps."""
     channels_last: bool = True

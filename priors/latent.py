@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from invsolve.bf16 import autocast
 from invsolve.random import Randomness, randn_like
 from invsolve.shapes import Sigma, X
 
@@ -230,8 +231,8 @@ class LatentPrior(Prior):
             them again in the backward pass: less memory, about a third more time. A
             `Tiled` autoencoder does so by itself.
         bf16_coding: encode and decode in bfloat16, which `invsolve.solve`'s ``precision``
-            leaves alone: faster where that is fast, off by about a thousandth of the
-            range.
+            leaves alone: faster on a device that computes in it, off by about a
+            thousandth of the range; on others nothing changes.
     """
 
     def __init__(
@@ -308,7 +309,7 @@ class LatentPrior(Prior):
         # Squares forget on their own: around them it would be done twice.
         whole = not isinstance(self.autoencoder, Tiled)
         forgets = self.checkpointing and whole and again
-        with torch.autocast(t.device.type, torch.bfloat16, enabled=self.bf16_coding):
+        with autocast(t.device, self.bf16_coding):
             coded = forgetful(code, t) if forgets else code(t)
         return coded.to(t.dtype)
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from invsolve import InverseProblem, demo, io, operators as ops, priors, samplers, solve
+from invsolve import (
+    InverseProblem,
+    bf16,
+    demo,
+    io,
+    operators as ops,
+    priors,
+    samplers,
+    solve,
+)
 from invsolve.cli import NOISES, OPERATORS, SAMPLERS, main
 from invsolve.priors import AffineMap, UNet, UNetConfig
 from invsolve.priors.weights import card_of
@@ -215,7 +224,8 @@ def test_a_preview_of_a_run(measured, prior, refused, tmp_path):
     assert "leave it out" in message
 
 
-def test_the_network_in_bf16(measured, prior, tmp_path):
+def test_the_network_in_bf16(measured, prior, tmp_path, monkeypatch):
+    monkeypatch.setattr(bf16, "CPU", True)
     base = ("solve", measured, "--prior", prior, "--steps", 2, "--samples", 1)
     run(*base, "-o", tmp_path / "a")
     run(*base, "-o", tmp_path / "b", "--precision", "bf16")

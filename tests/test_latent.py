@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import invsolve as iv
-from invsolve import InverseProblem
+from invsolve import InverseProblem, bf16
 from invsolve.operators import Downsample, GaussianNoise, Mask, PhaseRetrieval
 from invsolve.priors import Affine, AffineMap, EDMPrior, GaussianPrior, UNetConfig
 from invsolve.priors.latent import (
@@ -173,8 +173,9 @@ def test_a_draw_has_the_same_gradient_with_checkpointing(generator: Generator) -
 
 
 def test_coding_in_bf16_is_near_and_its_results_stay_in_float32(
-    generator: Generator,
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bf16, "CPU", True)
     edm, x = EDMPrior(nn.Identity()), torch.rand(2, 3, 16, 16, generator=generator)
     plain = LatentPrior(edm, small_vae())
     faster, map = LatentPrior(edm, small_vae(), bf16_coding=True).normalised

@@ -209,7 +209,7 @@ def segment(
         chunk: draws side by side.
         generator: of the draws, each of which has a stream of its own.
         device: where; the CPU unless given.
-        precision: of the network's passes, ``float32`` or ``bf16``.
+        precision: of the network's passes, ``float32`` or ``bf16`` (`invsolve.solve`).
         progress: wraps the loop over chunks, as ``tqdm`` does.
 
     Raises:

@@ -22,6 +22,7 @@ from torch.nn.functional import (
 )
 
 from invsolve import io
+from invsolve.bf16 import autocast
 from invsolve.grids import resampled
 from invsolve.priors import UNetConfig
 from invsolve.random import randn_like
@@ -299,7 +300,7 @@ def mask_loss(
     exclusive: bool = False,
 ) -> Tensor:
     """BCE + square error, and ``dice`` times 1 − 2 Σ p m/(Σ p + Σ m)."""
-    with torch.autocast(mask.device.type, torch.bfloat16, enabled=bf16):
+    with autocast(mask.device, bf16):
         logits = shown_logits(net, x, per_item(sigma, x), images)
     truth = (mask + 1) / 2
     if exclusive:
