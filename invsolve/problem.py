@@ -60,8 +60,8 @@ class InverseProblem:
         """The operator, if it is linear; else a ValueError that names a way out."""
         if not isinstance(self.operator, LinearOperator):
             raise ValueError(
-                "this needs a linear operator, and the problem's is not: use reddiff "
-                "(by adam or sgd), daps (inner='langevin') or dps"
+                f"this needs a linear operator, and {self.operator.not_linear}: use "
+                "reddiff (by adam or sgd), daps (inner='langevin') or dps"
             )
         return self.operator
 

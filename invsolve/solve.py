@@ -16,9 +16,11 @@ from . import checkpoint as checkpoints
 from .checkpoint import Keeper, fingerprint
 from .counting import CountedPrior, Tally, counted, peak_memory
 from .priors import AffineMap, Prior
+from .priors.latent import LatentPrior
 from .problem import InverseProblem
 from .random import spawn
 from .samplers import Kind
+from .samplers.latents import codec, in_latents
 from .speed import Precision, accelerated
 from .trajectory import RecordedPrior, Recorder, Step, Watch, WatchedPrior
 
@@ -191,6 +193,11 @@ def solve(
     if inner is not None and watch is not None:
         inner = WatchedPrior(inner, watch, map)
     local = local.seen_through(map)
+    run_one = sampler
+    if inner is not None and isinstance(codec(inner), LatentPrior):
+        # A user's own may code by itself, and then is as it is.
+        codes = getattr(_function(sampler), "codes", True)
+        run_one = sampler if codes else in_latents(sampler)
 
     items = torch.arange(len(problem.y)).repeat(samples)
     streams = spawn(generator, len(items))
@@ -230,7 +237,7 @@ def solve(
         if recorder is not None:
             recorder.begin(max(0, min(size, len(problem.y) - at)))
         try:
-            u = sampler(
+            u = run_one(
                 local.items(items[now]),
                 inner,
                 generator=streams[now],
@@ -289,8 +296,14 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
-def _name_and_kind(sampler: Callable[..., Tensor]) -> tuple[str, Kind]:
+def _function(sampler: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What a ``partial`` is of."""
     while isinstance(sampler, functools.partial):
         sampler = sampler.func
+    return sampler
+
+
+def _name_and_kind(sampler: Callable[..., Tensor]) -> tuple[str, Kind]:
+    sampler = _function(sampler)
     name = getattr(sampler, "__name__", type(sampler).__name__)
     return name, getattr(sampler, "kind", "steered")

@@ -26,6 +26,9 @@ class Operator(ABC):
     values: their fields are their parameters, and nothing changes them.
     """
 
+    not_linear: ClassVar[str] = "the problem's is not"
+    """What is told where a linear one is needed."""
+
     @abstractmethod
     def apply(self, x: X) -> Y:
         """A(x)."""

@@ -255,7 +255,7 @@ class LatentPrior(Prior):
             raise ValueError(
                 f"this prior denoises latents of {self.autoencoder.latent_channels} "
                 "channels, not images: use a sampler that works in them (stsl, psld, "
-                "ldps or resample)"
+                "ldps or resample), or invsolve.solve, which lets others do so"
             )
 
         def run(z: Tensor) -> Tensor:

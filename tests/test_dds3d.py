@@ -41,12 +41,16 @@ def toy() -> Toy:
 # --- against what is known
 
 
-def test_uncoupled_it_is_dds() -> None:
+def holes() -> InverseProblem:
+    """Two volumes of five slices, of which the same pixels are missing."""
     g = seeded()
-    prior = stack(4, 4)
     A = SliceWise(Mask((torch.rand(4, 4, generator=g) < 0.6).double()), 5)
     y = torch.randn(2, 5, 1, 4, 4, generator=g, dtype=torch.float64)
-    given = InverseProblem(A(A.adjoint(y)), A, GaussianNoise(0.3))
+    return InverseProblem(A(A.adjoint(y)), A, GaussianNoise(0.3))
+
+
+def test_uncoupled_it_is_dds() -> None:
+    prior, given = stack(4, 4), holes()
     both = (
         partial(samplers.dds, lam=0.7, eta=0.6, cg_steps=40),
         partial(dds3d, rho=0.0, lam=0.0, kappa=0.7, eta=0.6, cg_steps=40),
@@ -55,6 +59,28 @@ def test_uncoupled_it_is_dds() -> None:
         s(given, prior, steps=4, generator=[seeded(1), seeded(2)]) for s in both
     )
     assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("zeta", [0.0, 0.6])
+def test_it_begins_with_a_volume_and_noise_of_its_first_level(zeta: float) -> None:
+    """One step at σ from v + ζσn: the least squares of D(v + ζσn)."""
+    prior, given = stack(4, 4), holes()
+    sigma, like = torch.tensor([0.4], dtype=torch.float64), given.image_like()
+    v = torch.randn(like.shape, generator=seeded(), dtype=like.dtype)
+    uncoupled: dict[str, Any] = {"rho": 0.0, "lam": 0.0, "cg_steps": 40}
+    x = dds3d(
+        given,
+        prior,
+        sigmas=sigma,
+        zeta=zeta,
+        init=v,
+        generator=seeded(1),
+        **uncoupled,
+    )
+    n = slice_noise(like, "independent", seeded(1))
+    denoised = prior.denoise(v + zeta * sigma * n, sigma[0])
+    fused = given.prox(denoised, float(sigma**-2), max_steps=60, rtol=0.0)
+    assert_close(x, fused, rtol=1e-6, atol=1e-6)
 
 
 def test_coupled_slices_are_nearer_to_the_truth(toy: Toy) -> None:

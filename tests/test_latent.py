@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import invsolve as iv
-from invsolve import InverseProblem, bf16
-from invsolve.operators import Downsample, GaussianNoise, Mask, PhaseRetrieval
+from invsolve import InverseProblem, bf16, samplers
+from invsolve.operators import (
+    Downsample,
+    GaussianNoise,
+    Greyscale,
+    Mask,
+    Operator,
+    PhaseRetrieval,
+)
 from invsolve.priors import Affine, AffineMap, EDMPrior, GaussianPrior, UNetConfig
 from invsolve.priors.latent import (
     Autoencoder,
@@ -28,8 +36,9 @@ from invsolve.priors.latent import (
     load_latent,
 )
 from invsolve.priors.unet import UNet
-from invsolve.samplers import dps
-from invsolve.samplers.latents import codec, ddpm_levels
+from invsolve.random import spawn
+from invsolve.samplers import daps, dps, pnp, reddiff
+from invsolve.samplers.latents import Decoded, codec, ddpm_levels, in_latents
 from invsolve.samplers.ldps import ldps
 from invsolve.samplers.psld import gluing_pull, psld
 from invsolve.samplers.resample import resample
@@ -556,6 +565,14 @@ EVERY: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (resample, {"steps": 6, "every": 2}),
     (resample, {"steps": 6, "every": 3, "consistency": "latent"}),
 ]
+PLAIN: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
+    (reddiff, {"steps": 6, "optimizer": "sgd", "lr": 0.01, "normalize": "bayes"}),
+    (reddiff, {"steps": 6, "optimizer": "sgd", "init": "zeros", "antithetic": True}),
+    (dps, {"steps": 6, "zeta": 0.3}),
+    (daps, {"steps": 3, "inner": "langevin"}),
+    (pnp, {"steps": 6, "method": "pgd", "lr": 0.005}),
+]
+"""Samplers of images that know nothing of latents."""
 
 
 @pytest.mark.parametrize(("sampler", "options"), EVERY)
@@ -581,6 +598,72 @@ def test_a_rotation_changes_nothing(
         assert float((a - b).abs().max()) < 1.0
     else:
         close(a, b, 1e-8)
+
+
+@pytest.mark.parametrize(("sampler", "options"), PLAIN)
+def test_a_sampler_of_images_works_in_latents(
+    sampler: Callable[..., Tensor], options: dict[str, Any], generator: Generator
+) -> None:
+    """With Enc orthogonal it is the sampler itself, on rotated noise."""
+    given = problem(Mask(torch.rand(1, 4, 4, generator=generator).round().double()))
+    n = count(sampler, given, PIXELS, options)
+    like = given.image_like()
+    noise = torch.randn(n, *like.shape, generator=generator, dtype=torch.float64)
+    a = with_noise(noise, sampler, given, PIXELS, **options)
+    close(a, with_noise(noise, in_latents(sampler), given, PIXELS, **options))
+    turned = [ROTATION.encode(v) for v in noise]
+    turned = torch.stack(turned) if turned else noise
+    close(a, with_noise(turned, in_latents(sampler), given, LATENT, **options), 1e-8)
+
+
+def test_solve_takes_a_sampler_of_images_to_latents(generator: Generator) -> None:
+    given = problem()
+    options: dict[str, Any] = {"steps": 5, "optimizer": "sgd", "lr": 0.01}
+    prior = LatentPrior(rotated(PIXELS), ROTATION, AffineMap(0.5, 0.25))
+    begin = torch.rand(3, 1, 4, 4, generator=generator).double()
+
+    def run(seed: int = 0, **more: Any) -> iv.Solution:
+        g = Generator().manual_seed(seed)
+        return iv.solve(given, prior, partial(reddiff, **options), generator=g, **more)
+
+    got = run(init=begin)
+    assert (got.sampler, got.kind) == ("reddiff", "point_estimate")
+    assert got.stats.network_forwards == 3 * 5
+    close(got.samples, run(init=begin, chunk=1).samples, 1e-9)
+    inner, map = prior.normalised
+    own = in_latents(reddiff)(
+        given.seen_through(map),
+        inner,
+        init=map.inverse(begin),
+        generator=spawn(Generator().manual_seed(0), 3),
+        **options,
+    )
+    close(got.samples[0], map(own), 1e-9)
+
+    def coding(problem: InverseProblem, prior: Any, **_: Any) -> Tensor:
+        """A user's own that encodes by itself is as it is."""
+        images = codec(prior)
+        return images.decode(images.encode(problem.image_like()))
+
+    g = Generator()
+    assert iv.solve(given, prior, coding, generator=g).samples.shape[-2:] == (4, 4)
+
+
+def test_what_is_measured_of_latents_has_its_derivative(generator: Generator) -> None:
+    """A jump of z moves A(Dec(z)) by J, of which the pull-back is the adjoint."""
+    given = problem(PhaseRetrieval((4, 4)))
+    net = small_vae().double()
+    one = Decoded(given.operator, LATENT)
+    z, v = torch.randn(2, 3, 4, 2, 2, generator=generator).double()
+    y = torch.randn(one(z).shape, generator=generator).double()
+    step = 1e-6
+    moved = (one(z + step * v) - one(z - step * v)) / (2 * step)
+    close((moved * y).sum(), (v * one.vjp(z, y)).sum(), 1e-6)
+    grey = Decoded(Greyscale(), LatentPrior(EDMPrior(nn.Identity()), net))
+    z = torch.randn(2, 4, 4, 4, generator=generator).double()
+    y = torch.randn(grey(z).shape, generator=generator).double()
+    own = Operator.vjp(grey, z, y)
+    close(grey.vjp(z, y), own, 1e-8)
 
 
 def count(
@@ -733,7 +816,16 @@ def test_refusals() -> None:
     ]
     for sampler, more in without:
         iv.solve(given, blind, sampler, generator=Generator(), steps=2, **more)
-    says("denoises latents of 4 channels, not images", dps, given, LATENT, steps=2)
+    with pytest.raises(ValueError, match="denoises latents of 4 channels, not images"):
+        dps(given, LATENT, generator=Generator(), steps=2)
+    for sampler in (samplers.dds, samplers.mmps):
+        says(
+            "of latents, through a decoder, none is: use reddiff",
+            sampler,
+            given,
+            LATENT,
+            steps=2,
+        )
     odd = InverseProblem(
         torch.zeros(1, 1, 5, 4).double(), Mask(torch.ones(5, 4)), given.noise
     )

@@ -47,11 +47,17 @@ class Sampler(Protocol):
 F = TypeVar("F", bound=Callable)
 
 
-def gives(kind: Kind) -> Callable[[F], F]:
-    """Mark what a sampler gives; the function itself stays as it is."""
+def gives(kind: Kind, *, codes: bool = False) -> Callable[[F], F]:
+    """Mark what a sampler gives; the function itself stays as it is.
+
+    Args:
+        kind: what its images are.
+        codes: whether it encodes and decodes itself, where a prior is of latents.
+    """
 
     def mark(function: F) -> F:
         function.kind = kind  # pyright: ignore[reportFunctionMemberAccess]
+        function.codes = codes  # pyright: ignore[reportFunctionMemberAccess]
         return function
 
     return mark

@@ -34,6 +34,7 @@ def dds3d(
     cg_steps: int = 5,
     zeta: float = 1.0,
     noise: SliceNoise = "independent",
+    init: X | None = None,
     aspect: float = 1.0,
     periodic: bool = False,
     shard: Shard | None = None,
@@ -69,6 +70,9 @@ def dds3d(
             plug-and-play, whose answer is one and smooth.
         noise: n is ``independent`` from slice to slice, ``shared`` by them all, or
             ``slerp``, in between (see `slice_noise`).
+        init: a volume near the truth, such as another method's: x begins there, with ζσ
+            of noise on it, and from a level that is not the prior's highest (Chung, Sim,
+            Ye, "Come-Closer-Diffuse-Faster", CVPR 2022); noise alone unless given.
         aspect: a voxel's height over its width.
         periodic: whether the first slice follows the last, as in the published code.
         shard: which of a larger volume's slices the problem's are, where several
@@ -86,7 +90,8 @@ def dds3d(
     step.shard.check(prior)
     like = image_like(problem)
     sigmas = levels(prior, like, steps, sigmas, sigma_range)
-    x = slice_noise(like, noise, generator, shard) * (1 + sigmas[0] ** 2).sqrt()
+    x = slice_noise(like, noise, generator, shard)
+    x = x * (1 + sigmas[0] ** 2).sqrt() if init is None else init + zeta * sigmas[0] * x
     state: State = {"x": x, "q": step.jumps(like)}
     del like, x
     for sigma, sigma_next in progress(keep(state, generator, transitions(sigmas))):

@@ -1,20 +1,25 @@
 """What the samplers in latents share: the way to images and back, and the misfit there.
 
 A prior of images is its own latents: encoder and decoder are then the identity, so that
-each of these samplers works in pixels too.
+each of these samplers works in pixels too. The other samplers know nothing of latents,
+and need not: `in_latents` shows them a problem whose images are the latents.
 """
 
-from typing import Literal, Protocol, final, runtime_checkable
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..linalg import dot
+from ..operators import Operator
 from ..priors import Affine, Prior
 from ..priors.latent import LatentPrior
 from ..priors.schedules import ddpm_sigmas
 from ..problem import InverseProblem
-from ..shapes import PerItem, X, per_item
+from ..shapes import PerItem, X, Y, per_item
 
 Loss = Literal["norm", "squared"]
 
@@ -59,6 +64,62 @@ def codec(prior: Prior) -> Codec:
             "prior.normalised[0]"
         )
     return Pixels()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Decoded(Operator):
+    """A(Dec(z)): what is measured of latents, nonlinear even if A is linear."""
+
+    not_linear = "of latents, through a decoder, none is"
+
+    operator: Operator
+    images: Codec
+
+    def apply(self, x: X) -> Y:
+        return self.operator.apply(self.images.decode(x))
+
+    def vjp(self, x: X, v: Y) -> X:
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            image = self.images.decode(z)
+        pull = self.operator.vjp(image.detach(), v)
+        return torch.autograd.grad(image, z, pull)[0]
+
+    @property
+    def measurement_shape(self) -> tuple[int, ...]:
+        return self.operator.measurement_shape
+
+    def image_like(self, y: Y) -> X:
+        return self.images.latent_like(self.operator.image_like(y))
+
+    def guess(self, y: Y) -> X:
+        """The code of A's own guess."""
+        with torch.no_grad():
+            return self.images.encode(self.operator.guess(y))
+
+
+def in_latents(sampler: Callable[..., X]) -> Callable[..., X]:
+    """A sampler of images as one of latents: of z given y = A(Dec(z)) + noise, decoded.
+
+    For samplers that take nonlinear operators; `invsolve.solve` does so by itself where a
+    prior is of latents. An image to begin with is encoded.
+    """
+
+    @functools.wraps(sampler)
+    def decoded(problem: InverseProblem, prior: Prior, **options: Any) -> X:
+        images = codec(prior)
+        # Later they could not be told: of a nonlinear operator nothing is hidden.
+        seen = problem.without_hidden(problem.image_like())
+        coded = InverseProblem(seen.y, Decoded(seen.operator, images), seen.noise)
+        with torch.no_grad():
+            if isinstance(init := options.get("init"), Tensor):
+                options["init"] = images.encode(init)
+        z = sampler(coded, prior, **options)
+        with torch.no_grad():
+            return images.decode(z)
+
+    return decoded
 
 
 def ddpm_levels(prior: Prior, like: X, steps: int, sigmas: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from .core import Progress, ddim, gives, start, transitions
 from .latents import codec, ddpm_levels, misfit_pull, vp_step
 
 
-@gives("steered")
+@gives("steered", codes=True)
 def ldps(
     problem: InverseProblem,
     prior: Prior,

@@ -16,7 +16,7 @@ from .core import Progress, ddim, gives, start, transitions
 from .latents import codec, ddpm_levels, misfit_pull, vp_step
 
 
-@gives("steered")
+@gives("steered", codes=True)
 @torch.no_grad()
 def p2l(
     problem: InverseProblem,

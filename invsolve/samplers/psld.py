@@ -19,7 +19,7 @@ from .core import Progress, ddim, gives, start, transitions
 from .latents import Codec, codec, ddpm_levels, floor, misfit_pull, vp_step
 
 
-@gives("steered")
+@gives("steered", codes=True)
 def psld(
     problem: InverseProblem,
     prior: Prior,

@@ -17,7 +17,7 @@ from .core import Progress, ddim, gives, start, transitions
 from .latents import Codec, codec, ddpm_levels, misfit_pull
 
 
-@gives("steered")
+@gives("steered", codes=True)
 @torch.no_grad()
 def resample(
     problem: InverseProblem,

@@ -25,7 +25,7 @@ Trace = Literal["paper", "scaled", "bound", "off"]
 Vjp = Callable[[Tensor], Tensor]
 
 
-@gives("steered")
+@gives("steered", codes=True)
 @torch.no_grad()
 def stsl(
     problem: InverseProblem,
