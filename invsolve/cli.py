@@ -651,7 +651,11 @@ def solve(
         if beside is not None:
             loaded = priors.TwoPlanes(loaded, parts[1][0], drawn=True)
         asked = [part for _, of_slices in parts for part in of_slices]
-        problem, there = _as_volume(problem, loaded, asked, where, shard)
+        if init is not None:
+            options["init"] = shard.cut(options["init"])
+        problem, there = _as_volume(
+            problem, loaded, asked, where, shard, begun=init is not None
+        )
     mine: dict[str, Any] = {}
     if shard.count > 1:
         mine["shard"] = shard
@@ -1662,6 +1666,8 @@ def _as_volume(
     parts: Sequence[OfSlices],
     where: torch.device,
     shard: Shard,
+    *,
+    begun: bool,
 ) -> tuple[InverseProblem, torch.device]:
     """The stack as one volume, and where to hold it: with the network if it fits there.
 
@@ -1671,6 +1677,7 @@ def _as_volume(
         parts: all that it is made of.
         where: to compute.
         shard: which of the slices this process holds.
+        begun: whether the solve begins with a volume that is given.
 
     Raises:
         ValueError: it fits nowhere, there are too few slices, or processes that hold
@@ -1679,7 +1686,7 @@ def _as_volume(
     A = ops.SliceWise(problem.linear, shard.size)
     volume = InverseProblem(shard.cut(problem.y[None], dim=1), A, problem.noise)
     shard.check(prior)
-    plan, cpu = memory_plan(volume, *parts), torch.device("cpu")
+    plan, cpu = memory_plan(volume, *parts, begun=begun), torch.device("cpu")
     home = where
     if where.type == "cpu":
         plan.check(free_memory(cpu))

@@ -30,7 +30,8 @@ class MemoryPlan:
     """Memory that a solve of volumes takes, in bytes.
 
     Attributes:
-        host: where the volume lies: 6 volumes and 6 sets of measurements.
+        host: where the volume lies: 6 volumes, one more where a solve begins with one,
+            and 6 sets of measurements.
         network: where the network computes: its weights, and so much for each slice of
             a chunk; the same for any depth.
         slice: of that for one slice.
@@ -79,7 +80,9 @@ class MemoryPlan:
             )
 
 
-def memory_plan(problem: InverseProblem, *parts: OfSlices) -> MemoryPlan:
+def memory_plan(
+    problem: InverseProblem, *parts: OfSlices, begun: bool = False
+) -> MemoryPlan:
     """What a volume takes by `dds3d`, ``mbir``, ``pnp`` or ``red``; slices are denoised.
 
     What the operator holds for itself (a matrix, the slices that it works on) is not in
@@ -88,6 +91,7 @@ def memory_plan(problem: InverseProblem, *parts: OfSlices) -> MemoryPlan:
     Args:
         problem: of volumes.
         parts: of the prior, each asked in its chunks, one at a time.
+        begun: whether it begins with a volume that is given.
     """
     like, y = problem.linear.image_like(problem.y[:1]), problem.y[:1]
     each = [one_slice(part, like) for part in parts]
@@ -96,7 +100,7 @@ def memory_plan(problem: InverseProblem, *parts: OfSlices) -> MemoryPlan:
         t.numel() * t.element_size() for part in parts for t in _held(part.inner)
     )
     return MemoryPlan(
-        host=VOLUMES * _bytes(like) + MEASUREMENTS * _bytes(y),
+        host=(VOLUMES + begun) * _bytes(like) + MEASUREMENTS * _bytes(y),
         network=weights + parts[most].chunk * each[most],
         slice=each[most],
         chunk=parts[most].chunk,

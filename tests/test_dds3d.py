@@ -290,9 +290,19 @@ def test_spreading_needs_processes(toy: Toy) -> None:
         Slices(toy.prior.inner, spread=True)
 
 
-@pytest.mark.parametrize("sampler", [dds3d, mbir, pnp, red])
+@pytest.mark.parametrize(
+    ("sampler", "begun"),
+    [
+        (dds3d, False),
+        (dds3d, True),
+        (mbir, False),
+        (pnp, False),
+        (pnp, True),
+        (red, True),
+    ],
+)
 @pytest.mark.parametrize("depth", [8, 24])
-def test_no_more_memory_than_planned(sampler: Any, depth: int) -> None:
+def test_no_more_memory_than_planned(sampler: Any, begun: bool, depth: int) -> None:
     """Of every tensor that is made in a solve, at once, at any depth."""
     slices = ParallelBeam((SIDE, SIDE), torch.tensor([0.0, 1.0]))
     A = SliceWise(slices, depth, 2)
@@ -300,12 +310,13 @@ def test_no_more_memory_than_planned(sampler: Any, depth: int) -> None:
     given = InverseProblem(y, A, GaussianNoise(0.1))
     inner = Toy.make().prior.inner
     prior = Slices(inner, 0, 2)
-    plan = memory_plan(given, prior)
+    plan = memory_plan(given, prior, begun=begun)
     volume = 4 * depth * SIDE**2
-    assert plan.host == VOLUMES * volume + MEASUREMENTS * 4 * y.numel()
+    assert plan.host == (VOLUMES + begun) * volume + MEASUREMENTS * 4 * y.numel()
+    first = {"init": given.image_like()} if begun else {}
 
     def go() -> None:
-        solve(given, prior, sampler, steps=3, generator=seeded())
+        solve(given, prior, sampler, steps=3, generator=seeded(), **first)
 
     go()  # the matrices are built once and kept
     # What the operator works on: two slices, in and out, and their products.
