@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -1214,12 +1214,7 @@ def _options(
     tuned: bool,
 ) -> dict[str, Any]:
     """The sampler's options: those the demo has tuned for CT, then the user's."""
-    taken = ("prior", "problem", "generator", "progress", "sigmas", "keep")
-    known = {
-        key: parameter.default
-        for key, parameter in inspect.signature(sampler).parameters.items()
-        if key not in taken
-    }
+    known = _settable(sampler)
     options: dict[str, Any] = {}
     if tuned:
         for method in demonstration.METHODS:
@@ -1242,6 +1237,23 @@ def _options(
     if options.get("steps", 1) < 1:
         raise ValueError(f"steps must be at least 1, got {options['steps']}")
     return options
+
+
+def _settable(sampler: Callable[..., Tensor]) -> dict[str, Any]:
+    """A sampler's options that words can give: each with a value of its kind."""
+    taken = ("prior", "problem", "generator", "progress", "sigmas", "keep")
+    hints, found = get_type_hints(sampler), {}
+    for key, parameter in inspect.signature(sampler).parameters.items():
+        kinds = [get_origin(hint) or hint for hint in get_args(hints[key])]
+        if key in taken:
+            continue
+        if parameter.default is not None:
+            found[key] = parameter.default
+        elif key == "solver" or float in kinds:
+            found[key] = None
+        elif tuple in kinds:
+            found[key] = (0.0, 1.0)
+    return found
 
 
 def _value(key: str, text: str, default: Any) -> Any:

@@ -224,6 +224,21 @@ def test_a_preview_of_a_run(measured, prior, refused, tmp_path):
     assert "leave it out" in message
 
 
+@pytest.mark.parametrize("sampler", ["dds", "reddiff", "pnp"])
+def test_levels_from_words(measured, prior, tmp_path, sampler):
+    """Whether the default is a pair or none, a pair is taken, and says what it does."""
+    base = ("solve", measured, "--prior", prior, "--sampler", sampler, "--samples", 1)
+    means = []
+    for name, high in (("a", 0.1), ("b", 2.0)):
+        run(
+            *base,
+            *("--steps", 2, "--set", f"sigma_range=[0.02, {high}]"),
+            *("-o", tmp_path / name),
+        )
+        means.append(io.read(tmp_path / name / "mean.nii.gz").values)
+    assert not torch.equal(*means)
+
+
 def test_the_network_in_bf16(measured, prior, tmp_path, monkeypatch):
     monkeypatch.setattr(bf16, "CPU", True)
     base = ("solve", measured, "--prior", prior, "--steps", 2, "--samples", 1)
@@ -632,6 +647,11 @@ def test_train(phantom, tmp_path, monkeypatch):
         (["solve", "Y", "-o", "out", "--set", "steps=many"], "a whole number"),
         (["solve", "Y", "-o", "out", "--set", "eta=NaN"], "a finite number"),
         (["solve", "Y", "-o", "out", "--set", "steps=0"], "at least 1"),
+        (["solve", "Y", "-o", "out", "--set", "sigma_range=2"], "a list of numbers"),
+        (
+            ["solve", "Y", "-o", "out", "--sampler", "dds3d", "--set", "init=2"],
+            "has no option 'init'",
+        ),
         (["solve", "Y", "-o", "out", "--steps", "0"], "--steps"),
         (["solve", "Y", "-o", "out", "--samples", "-1"], "--samples"),
         (["solve", "Y", "-o", "out", "--sampler", "fbp", "--steps", "3"], "no --steps"),
