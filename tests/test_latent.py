@@ -649,6 +649,25 @@ def test_solve_takes_a_sampler_of_images_to_latents(generator: Generator) -> Non
     assert iv.solve(given, prior, coding, generator=g).samples.shape[-2:] == (4, 4)
 
 
+def test_what_the_autoencoder_loses_of_the_first_image_is_kept(
+    generator: Generator,
+) -> None:
+    """Enc and Dec lose half of an image, and a descent that stands still nothing."""
+    net = LatentPrior(EDMPrior(nn.Identity()), small_vae())
+    x = torch.rand(2, 3, 16, 16, generator=generator)
+    given = InverseProblem(Greyscale()(x), Greyscale(), GaussianNoise(0.1))
+    seen: list[Tensor] = []
+
+    def still(problem: InverseProblem, prior: Any, *, init: Tensor) -> Tensor:
+        seen.append(problem.operator(init))
+        return init
+
+    made = in_latents(still)(given, net, init=x)
+    assert float((net.decode(net.encode(x)) - x).std()) > 0.3 * float(x.std())
+    close(made, x, 1e-5)
+    close(seen[0], given.y, 1e-5)
+
+
 def test_what_is_measured_of_latents_has_its_derivative(generator: Generator) -> None:
     """A jump of z moves A(Dec(z)) by J, of which the pull-back is the adjoint."""
     given = problem(PhaseRetrieval((4, 4)))

@@ -69,20 +69,32 @@ def codec(prior: Prior) -> Codec:
 @final
 @dataclass(frozen=True, eq=False)
 class Decoded(Operator):
-    """A(Dec(z)): what is measured of latents, nonlinear even if A is linear."""
+    """A(Dec(z) + r): what is measured of latents, nonlinear even if A is linear.
+
+    Attributes:
+        operator: A.
+        images: Dec, and Enc where one is asked for.
+        lost: r, one for each item, or none.
+    """
 
     not_linear = "of latents, through a decoder, none is"
 
     operator: Operator
     images: Codec
+    lost: Tensor | None = None
+
+    def decode(self, z: Tensor) -> X:
+        """Dec(z) + r."""
+        x = self.images.decode(z)
+        return x if self.lost is None else x + self.lost
 
     def apply(self, x: X) -> Y:
-        return self.operator.apply(self.images.decode(x))
+        return self.operator.apply(self.decode(x))
 
     def vjp(self, x: X, v: Y) -> X:
         with torch.enable_grad():
             z = x.detach().requires_grad_()
-            image = self.images.decode(z)
+            image = self.decode(z)
         pull = self.operator.vjp(image.detach(), v)
         return torch.autograd.grad(image, z, pull)[0]
 
@@ -100,24 +112,29 @@ class Decoded(Operator):
 
 
 def in_latents(sampler: Callable[..., X]) -> Callable[..., X]:
-    """A sampler of images as one of latents: of z given y = A(Dec(z)) + noise, decoded.
+    """A sampler of images as one of latents: of z given y = A(Dec(z) + r) + noise.
 
     For samplers that take nonlinear operators; `invsolve.solve` does so by itself where a
-    prior is of latents. An image to begin with is encoded.
+    prior is of latents. An image to begin with, x, is encoded, and what the autoencoder
+    loses of it is kept, r = x − Dec(Enc(x)): the descent begins at x itself and changes
+    of it what latents can say, so that an image which was nearly right is not blurred to
+    the autoencoder's best. Its noise would be kept, too. Without one r is 0. The images
+    are Dec(z) + r.
     """
 
     @functools.wraps(sampler)
     def decoded(problem: InverseProblem, prior: Prior, **options: Any) -> X:
-        images = codec(prior)
+        images, lost = codec(prior), None
+        if isinstance(init := options.get("init"), Tensor):
+            with torch.no_grad():
+                options["init"] = images.encode(init)
+                lost = init - images.decode(options["init"])
         # Later they could not be told: of a nonlinear operator nothing is hidden.
         seen = problem.without_hidden(problem.image_like())
-        coded = InverseProblem(seen.y, Decoded(seen.operator, images), seen.noise)
+        A = Decoded(seen.operator, images, lost)
+        z = sampler(InverseProblem(seen.y, A, seen.noise), prior, **options)
         with torch.no_grad():
-            if isinstance(init := options.get("init"), Tensor):
-                options["init"] = images.encode(init)
-        z = sampler(coded, prior, **options)
-        with torch.no_grad():
-            return images.decode(z)
+            return A.decode(z)
 
     return decoded
 
