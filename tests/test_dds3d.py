@@ -313,7 +313,7 @@ def test_no_more_memory_than_planned(sampler: Any, begun: bool, depth: int) -> N
     plan = memory_plan(given, prior, begun=begun)
     volume = 4 * depth * SIDE**2
     assert plan.host == (VOLUMES + begun) * volume + MEASUREMENTS * 4 * y.numel()
-    first = {"init": given.image_like()} if begun else {}
+    first: dict[str, Any] = {"init": given.image_like()} if begun else {}
 
     def go() -> None:
         solve(given, prior, sampler, steps=3, generator=seeded(), **first)
