@@ -34,7 +34,7 @@ import invsolve as iv
 from invsolve import io
 from invsolve.operators import Blur, Downsample, GaussianNoise, LinearOperator, Mask
 from invsolve.priors.latent import LatentPrior
-from invsolve.samplers import ldps, psld, resample, stsl, tv
+from invsolve.samplers import ldps, psld, reddiff, resample, stsl, tv
 
 BEGIN, END = "<!-- latent: begin -->", "<!-- latent: end -->"
 SIGMA_Y = 0.02
@@ -78,6 +78,8 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     tuned_at: int = 0
     """Of so many steps; 0 for the same, and for all the images."""
+    begun: str = ""
+    """The method whose images it begins with, with its own options."""
 
 
 def lam(value: float) -> dict[str, float]:
@@ -112,6 +114,20 @@ METHODS: Mapping[str, Method] = {
     "PSLD, 100": Method(psld, 100, omega),
     "ReSample": Method(resample, 100, lam, (3.0, 10.0, 30.0)),
     "LDPS, 100": Method(ldps, 100, zeta),
+    "RED-diff, from TV": Method(
+        reddiff,
+        50,
+        lam,
+        (0.1, 0.3, 1.0),
+        {
+            "sigma_range": (0.1, 1.0),
+            "lr": 0.03,
+            "weight": "calibrated",
+            "normalize": "bayes",
+            "antithetic": True,
+        },
+        begun="total variation",
+    ),
     "STSL, K = 5, no trace": Method(stsl, 50, lam, fixed=FIRST),
     "LDPS, 1000": Method(ldps, 1000, zeta, tuned_at=100),
 }
@@ -126,7 +142,12 @@ def measured(name: str, x: Tensor) -> iv.InverseProblem:
 
 
 def solved(
-    name: str, method: Method, more: Any, prior: LatentPrior, x: Tensor, steps: int = 0
+    name: str,
+    method: Method,
+    more: Mapping[str, Any],
+    prior: LatentPrior,
+    x: Tensor,
+    steps: int = 0,
 ) -> iv.Solution | None:
     """A method's images, with some options; None if it diverged."""
     try:
@@ -160,8 +181,24 @@ def row_of(x: Tensor, truth: Tensor) -> dict[str, list[Any]]:
     }
 
 
+def beginning(
+    name: str, method: Method, rows: Mapping[str, Any], prior: LatentPrior, x: Tensor
+) -> dict[str, Tensor]:
+    """What a method begins with: another's images, made with what that was given."""
+    if not method.begun:
+        return {}
+    options = rows[method.begun]["options"]
+    first = solved(name, METHODS[method.begun], options, prior, x)
+    assert first is not None
+    return {"init": first.samples[0]}
+
+
 def tried(
-    name: str, method: Method, prior: LatentPrior, tune: Tensor
+    name: str,
+    method: Method,
+    prior: LatentPrior,
+    tune: Tensor,
+    begun: Mapping[str, Tensor],
 ) -> dict[float, float]:
     """The PSNR of each value on other photographs; −∞ where it diverged.
 
@@ -172,7 +209,8 @@ def tried(
     waiting = list(method.values)
     while waiting and len(trials) < MOST:
         value = waiting.pop(0)
-        got = solved(name, method, method.options(value), prior, tune, steps)
+        options = {**method.options(value), **begun}
+        got = solved(name, method, options, prior, tune, steps)
         trials[value] = float("-inf") if got is None else psnr(got.samples[0], tune)
         if not waiting:
             best = max(trials, key=lambda v: trials[v])
@@ -198,15 +236,17 @@ def run(args: argparse.Namespace) -> None:
         with torch.no_grad():
             coded = torch.cat([prior.decode(prior.encode(v)) for v in test.split(8)])
         found |= {"coded": row_of(coded, test), **sizes, "machine": machine()}
-    pairs = [(m, t) for m in METHODS for t in OPERATORS]
+    pairs = [(m, t) for m in args.methods for t in OPERATORS]
     for label, name in tqdm(pairs, desc="latent samplers"):
         rows, method = found.setdefault(name, {}), METHODS[label]
         if label in rows:
             continue
-        trials = tried(name, method, prior, tune)
+        begun = beginning(name, method, rows, prior, tune)
+        trials = tried(name, method, prior, tune, begun)
         best = method.options(max(trials, key=lambda v: trials[v]))
         images = test[: args.few] if method.tuned_at else test
-        got = solved(name, method, best, prior, images)
+        begun = beginning(name, method, rows, prior, images)
+        got = solved(name, method, {**best, **begun}, prior, images)
         if got is None:
             continue
         stats, n = got.stats, len(images)
@@ -218,8 +258,9 @@ def run(args: argparse.Namespace) -> None:
             "seconds": stats.seconds / n,
             "options": best,
             "trials": {str(k): v for k, v in trials.items()},
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": machine(),
         }
-        found["date"] = datetime.now(UTC).date().isoformat()
         save(found, args.results)
 
 
@@ -298,8 +339,8 @@ def docs(args: argparse.Namespace) -> None:
         "Options were searched by factors of three on "
         f"{found['tune']} other squares (those of 1000 steps with 100). Passes of the "
         "latent network and seconds are for one image, network and autoencoder in bf16, "
-        "on a machine that did other work as well; "
-        f"{found['date']}, {found['machine']}, seed 0. Made by "
+        "on a machine that did other work as well, which has no bf16 if it is AMD's; "
+        f"{made(found)}, seed 0. Made by "
         f"`python benchmarks/latent.py run --images {n} --few {few} --tune "
         f"{found['tune']}`.",
     ]
@@ -313,6 +354,21 @@ def docs(args: argparse.Namespace) -> None:
     put(args.docs, "\n".join(lines), BEGIN, END)
 
 
+def made(found: Mapping[str, Any]) -> str:
+    """When and where the methods ran; those that do not say so, with the first."""
+    first = (found["date"], found["machine"])
+    others: dict[tuple[str, str], list[str]] = {}
+    for name in OPERATORS:
+        for label, row in found.get(name, {}).items():
+            there = (row.get("date", first[0]), row.get("machine", first[1]))
+            if there != first and label not in others.setdefault(there, []):
+                others[there].append(label)
+    told = [
+        f"{', '.join(names)}: {', '.join(there)}" for there, names in others.items()
+    ]
+    return "; ".join([", ".join(first), *told])
+
+
 def main() -> None:
     """Run, or write the page's table."""
     parser = argparse.ArgumentParser(description="Latent samplers on photographs.")
@@ -322,6 +378,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--few", type=int, default=8)
     parser.add_argument("--tune", type=int, default=2)
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS)
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=Path("docs/latent.md"))
     args = parser.parse_args()

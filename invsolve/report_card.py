@@ -248,13 +248,13 @@ def evaluate(
     near, index = nearest(drawn, told_train)
     near_held_out, _ = nearest(told_back, told_train)
     closest = near.argsort()[:8]
-    pairs = torch.cat([drawn[closest], told_train[index[closest]].float()])
+    pairs = [drawn[closest], told_train[index[closest]].float()]
     spectra, coding = {"held out": told, "samples": drawn}, None
     if isinstance(inner, LatentPrior):
         coding = reconstruction(held_out, back)
         spectra["held out, decoded"] = back
     if not data.photo_crops:  # channels are slices, or labels, and no colours
-        told, drawn, pairs = map(_side_by_side, (told, drawn, pairs))
+        told, drawn, *pairs = map(_side_by_side, (told, drawn, *pairs))
     today = datetime.now(UTC).date().isoformat()
     facts = {
         "Prior": {k: str(v) for k, v in prior.info if v not in (None, "", ())},
@@ -276,9 +276,9 @@ def evaluate(
         Memory(float(near.median()), float(near_held_out.median())),
         spread,
         {"samples": samples, "held_out": len(held_out), "train": len(train)},
-        sheet(drawn, held_out),
-        sheet(told[:16], held_out),
-        sheet(pairs, held_out, columns=len(closest)),
+        sheet(drawn, like=held_out),
+        sheet(told[:16], like=held_out),
+        sheet(*pairs, like=held_out),
         _spectra(spectra),
         facts,
         space.level,
@@ -351,7 +351,7 @@ def reconstruction(x: Images, back: Images) -> Reconstruction:
         float(psnr(back.reshape(whole), x.reshape(whole), data_range).mean()),
         float(ssim(back.reshape(single), x.reshape(single), data_range).mean()),
         data_range,
-        sheet(torch.cat([_evenly(t, 8) for t in (x, back)]), x, min(8, len(x))),
+        sheet(*(_evenly(t, 8) for t in (x, back)), like=x),
     )
 
 
@@ -508,15 +508,25 @@ def _side_by_side(x: Images) -> Images:
     return x.movedim(1, 2).flatten(2, 3)[:, None]
 
 
-def sheet(x: Images, like: Images, columns: int = 8) -> str:
-    """Images side by side, in the window of others: a PNG file in base 64."""
+def sheet(*shown: Images, like: Images) -> str:
+    """Images side by side in the window of others, eight squares wide: a PNG in base 64.
+
+    Of several kinds each image of the first stands above those of the others.
+    """
     from matplotlib import image
 
     low, high = torch.quantile(like.flatten()[:: max(1, like.numel() // 10**6)], WINDOW)
-    grey = ((x - low) / (high - low)).clamp(0, 1)
-    empty = -len(grey) % columns
-    filled = torch.cat([grey, grey.new_ones(empty, *grey.shape[1:])])
-    times = max(1, 128 // grey.shape[-2])  # small images are shown larger
+    n, _, h, w = shown[0].shape
+    columns = max(1, min(n, 8 * h // w))
+    filled = torch.cat(
+        [
+            torch.cat([part, high.expand(columns - len(part), *part.shape[1:])])
+            for row in zip(*(x.split(columns) for x in shown), strict=True)
+            for part in row
+        ]
+    )
+    filled = ((filled - low) / (high - low)).clamp(0, 1)
+    times = max(1, 128 // h)  # small images are shown larger
     large = filled.repeat_interleave(times, -1).repeat_interleave(times, -2)
     framed = pad(large, [2] * 4)
     rows = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)

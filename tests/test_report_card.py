@@ -1,8 +1,10 @@
 """The report card's measures where their answers are known, and the page."""
 
+import base64
 import json
 import math
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any, final
 
@@ -34,6 +36,7 @@ from invsolve.report_card import (
     power_spectrum,
     reconstruction,
     save_card,
+    sheet,
     tuned_tv,
     wiener,
 )
@@ -201,6 +204,26 @@ def test_channels_that_are_no_colours_are_shown_side_by_side() -> None:
     made = _side_by_side(x)
     assert made.shape == (2, 1, 2, 6)
     assert torch.equal(made[1, 0], torch.cat(list(x[1]), 1))
+
+
+def test_a_sheet_is_eight_squares_wide_and_pairs_stand_together() -> None:
+    """Five images of 128×384, above each its own other: two in a row, the last alone."""
+    from matplotlib import image
+
+    above, below = (
+        torch.linspace(a, b, 5)[:, None, None, None].expand(-1, 1, 128, 384)
+        for a, b in ((0.0, 0.4), (0.5, 0.9))
+    )
+    file = sheet(above, below, like=torch.linspace(0, 1, 1000).reshape(10, 1, 10, 10))
+    shown = image.imread(BytesIO(base64.b64decode(file)))[..., 0]
+    assert shown.shape == (6 * 132, 2 * 388)
+    middles = shown.reshape(6, 132, 2, 388)[:, 66, :, 194]
+    expected = torch.tensor(
+        [[0.0, 0.1], [0.5, 0.6], [0.2, 0.3], [0.7, 0.8], [0.4, 1.0], [0.9, 1.0]]
+    )
+    assert_close(torch.from_numpy(middles), expected, atol=0.01, rtol=0)
+    one = sheet(above[:, :, :, :128], like=above)
+    assert image.imread(BytesIO(base64.b64decode(one))).shape[:2] == (132, 5 * 132)
 
 
 def test_another_number_of_channels_is_refused(tmp_path: Path, data: Data) -> None:
