@@ -159,9 +159,9 @@ def table() -> str:
         "of images of another kind against held-out ones, by likelihood / denoising (1 is "
         "always, 0.5 by chance). Made by `python benchmarks/cards.py` of the cards "
         "(`invsolve priors evaluate`) and of `benchmarks/quality.py`'s and `latent.py`'s "
-        "results; for x₀, ε and flow `red` and `pnp` alone were tuned, and `mmps` for x₀ at "
-        "inpainting, as for the others (`quality.py tune` and `run` with `--prior natural-64-x0 "
-        "--out benchmarks/results/quality/natural-64-x0`, and so on).",
+        "results; for x₀, ε and flow `red` and `pnp` alone were tuned (and `mmps` for x₀ "
+        "at inpainting), as for the others (`quality.py tune` and `run` with `--prior "
+        "natural-64-x0 --out benchmarks/results/quality/natural-64-x0`, and so on).",
     ]
     return "\n".join(lines)
 
