@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ct_headneck import put
+from volumes import TASKS as VOLUME_TASKS, methods
 
 HOME = Path(__file__).parent.parent
 CARDS = HOME / "docs" / "cards"
 QUALITY = Path(__file__).parent / "results" / "quality"
 LATENT = QUALITY.parent / "latent.json"
+VOLUMES = QUALITY.parent / "volumes.json"
 BEGIN, END = "<!-- cards: begin -->", "<!-- cards: end -->"
 
 
@@ -37,21 +39,23 @@ class Bundled:
         tasks: of benchmarks/results/quality, and their titles; none for a latent prior.
         folder: of these results, where they are not the table's own.
         page: of docs, that tells of its tasks instead.
+        method: of benchmarks/results/volumes.json, that asks it.
     """
 
     other: str
     tasks: Mapping[str, str] = field(default_factory=dict)
     folder: str = ""
     page: str = ""
+    method: str = ""
 
 
 CT, MR = "ct-headneck-128", "mr-brain-128"
 PHOTOS = {"sr-4": "SR ×4", "deblur": "deblurring", "inpaint": "inpainting"}
 PRIORS: Mapping[str, Bundled] = {
     CT: Bundled(MR, {"ct-30": "CT, 30 views", "ct-15": "CT, 15 views"}),
-    "ct-neighbours-128": Bundled(MR, page="volumes.md"),
+    "ct-neighbours-128": Bundled(MR, page="volumes.md", method="groups"),
     "ct-between-128": Bundled(MR, page="volumes.md"),
-    "ct-coronal-128": Bundled(MR, page="volumes.md"),
+    "ct-coronal-128": Bundled(MR, page="volumes.md", method="planes"),
     "ct-organs-128": Bundled(MR, page="joint.md"),
     MR: Bundled(CT, {"mr-4": "MR ×4", "mr-8": "MR ×8"}),
     "natural-64": Bundled(CT, PHOTOS),
@@ -93,7 +97,7 @@ def told_apart(card: Mapping[str, Any]) -> str:
 def tasks(name: str) -> str:
     """Of each task: the best of one draw, and of the mean of eight, over TV."""
     if page := PRIORS[name].page:
-        return f"[{page}]({page})"
+        return "; ".join([f"[{page}]({page})", *in_volumes(PRIORS[name].method)])
     if not PRIORS[name].tasks:
         return in_latents()
     told = []
@@ -118,6 +122,21 @@ def over(rows: Mapping[str, float], rival: str, words: str) -> list[str]:
         return []
     best = max(learnt, key=learnt.__getitem__)
     return [f"{learnt[best] - rows[rival]:+.2f} ({best}, {words})"]
+
+
+def in_volumes(method: str) -> list[str]:
+    """Of each task of `volumes.py` how far a method leads TV, the mean over volumes."""
+    if not method:
+        return []
+    runs = json.loads(VOLUMES.read_text())["run"].values()
+    psnr = {(r["task"], r["volume"], r["method"]): r["volume PSNR"] for r in runs}
+    leads: dict[str, list[float]] = {}
+    for (task, volume, asked), value in psnr.items():
+        if asked == method:
+            gap = value - psnr[task, volume, "tv"]
+            leads.setdefault(VOLUME_TASKS[task].title, []).append(gap)
+    name = methods(1)[method].name
+    return [f"{title} {sum(g) / len(g):+.2f} ({name})" for title, g in leads.items()]
 
 
 def in_latents() -> str:
@@ -158,10 +177,11 @@ def table() -> str:
         "prior's samples and held-out images once they are decoded. Told apart: the AUROC "
         "of images of another kind against held-out ones, by likelihood / denoising (1 is "
         "always, 0.5 by chance). Made by `python benchmarks/cards.py` of the cards "
-        "(`invsolve priors evaluate`) and of `benchmarks/quality.py`'s and `latent.py`'s "
-        "results; for x₀, ε and flow `red` and `pnp` alone were tuned (and `mmps` for x₀ "
-        "at inpainting), as for the others (`quality.py tune` and `run` with `--prior "
-        "natural-64-x0 --out benchmarks/results/quality/natural-64-x0`, and so on).",
+        "(`invsolve priors evaluate`) and of the results of `benchmarks/quality.py`, "
+        "`latent.py` and `volumes.py` (there over ADMM-TV 3D); for x₀, ε and flow `red` "
+        "and `pnp` alone were tuned (and `mmps` for x₀ at inpainting), as for the "
+        "others (`quality.py tune` and `run` with `--prior natural-64-x0 --out "
+        "benchmarks/results/quality/natural-64-x0`, and so on).",
     ]
     return "\n".join(lines)
 
