@@ -235,7 +235,8 @@ def run(args: argparse.Namespace) -> None:
     if "coded" not in found:
         with torch.no_grad():
             coded = torch.cat([prior.decode(prior.encode(v)) for v in test.split(8)])
-        found |= {"coded": row_of(coded, test), **sizes, "machine": machine()}
+        coded = row_of(coded, test)
+        found |= {"coded": coded, **sizes, "machine": machine(), "date": today()}
     pairs = [(m, t) for m in args.methods for t in OPERATORS]
     for label, name in tqdm(pairs, desc="latent samplers"):
         rows, method = found.setdefault(name, {}), METHODS[label]
@@ -258,10 +259,15 @@ def run(args: argparse.Namespace) -> None:
             "seconds": stats.seconds / n,
             "options": best,
             "trials": {str(k): v for k, v in trials.items()},
-            "date": datetime.now(UTC).date().isoformat(),
+            "date": today(),
             "machine": machine(),
         }
         save(found, args.results)
+
+
+def today() -> str:
+    """A result's date."""
+    return datetime.now(UTC).date().isoformat()
 
 
 FITTED = ("STSL, K = 2, no trace", "PSLD, 100", "ReSample")
@@ -340,6 +346,7 @@ def docs(args: argparse.Namespace) -> None:
         f"{found['tune']} other squares (those of 1000 steps with 100). Passes of the "
         "latent network and seconds are for one image, network and autoencoder in bf16, "
         "on a machine that did other work as well, which has no bf16 if it is AMD's; "
+        "what *from TV* begins with is not counted; "
         f"{made(found)}, seed 0. Made by "
         f"`python benchmarks/latent.py run --images {n} --few {few} --tune "
         f"{found['tune']}`.",
