@@ -311,10 +311,12 @@ def test_a_stack_as_one_volume(sampler, measured, prior, phantom, tmp_path, caps
 def test_two_processes_share_a_volume(
     phantom, prior, refused, monkeypatch, tmp_path, capsys
 ):
-    """One process's volume, by torchrun; one of them writes."""
-    y, out = tmp_path / "y.npz", tmp_path / "out"
+    """One process's volume, by torchrun, from a volume to begin with; one writes."""
+    y, out, first = (tmp_path / name for name in ("y.npz", "out", "first"))
     run("simulate", phantom, "-o", y, "--views", 12, "--slices", "0:3")
+    run("solve", y, "-o", first, "--sampler", "tv", "--steps", 5)
     options = ["--sampler", "dds3d", "--prior", prior, "--steps", 3, "--device", "cpu"]
+    options += ["--init", first / "mean.nii.gz"]
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words += ["--nproc-per-node", "2", "-m", "invsolve.cli", "solve", y, "-o", out]
     words += [*options, "--checkpoint", tmp_path / "kept"]
