@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import invsolve as iv
 from invsolve import io
+from invsolve.bf16 import autocast
 from invsolve.metrics import body_mask
 from invsolve.priors import AffineMap, UNet, UNetConfig
 from invsolve.segmentation.uncertainty import brier
@@ -212,7 +213,7 @@ def train(data: Path, out: Path, until: float) -> None:
         }
 
     def loss(net: nn.Module, x: Tensor, code: Tensor, inside: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=opt.bf16):
+        with autocast(torch.device("cpu"), opt.bf16):
             found = logits(net, x, code)
         return binary_cross_entropy_with_logits(found.float(), inside)
 
