@@ -253,8 +253,9 @@ def evaluate(
     if isinstance(inner, LatentPrior):
         coding = reconstruction(held_out, back)
         spectra["held out, decoded"] = back
+    shown, window = [drawn, told[:16], *pairs], _window(held_out)
     if not data.photo_crops:  # channels are slices, or labels, and no colours
-        told, drawn, *pairs = map(_side_by_side, (told, drawn, *pairs))
+        shown, window = [_side_by_side(x, told) for x in shown], (0.0, 1.0)
     today = datetime.now(UTC).date().isoformat()
     facts = {
         "Prior": {k: str(v) for k, v in prior.info if v not in (None, "", ())},
@@ -276,9 +277,9 @@ def evaluate(
         Memory(float(near.median()), float(near_held_out.median())),
         spread,
         {"samples": samples, "held_out": len(held_out), "train": len(train)},
-        sheet(drawn, like=held_out),
-        sheet(told[:16], like=held_out),
-        sheet(*pairs, like=held_out),
+        sheet(shown[0], window=window),
+        sheet(shown[1], window=window),
+        sheet(*shown[2:], window=window),
         _spectra(spectra),
         facts,
         space.level,
@@ -351,7 +352,7 @@ def reconstruction(x: Images, back: Images) -> Reconstruction:
         float(psnr(back.reshape(whole), x.reshape(whole), data_range).mean()),
         float(ssim(back.reshape(single), x.reshape(single), data_range).mean()),
         data_range,
-        sheet(*(_evenly(t, 8) for t in (x, back)), like=x),
+        sheet(*(_evenly(t, 8) for t in (x, back)), window=_window(x)),
     )
 
 
@@ -503,24 +504,40 @@ def _likelihood(
     )
 
 
-def _side_by_side(x: Images) -> Images:
-    """Channels one beside the other, in one image."""
-    return x.movedim(1, 2).flatten(2, 3)[:, None]
+Window = tuple[float, float]
 
 
-def sheet(*shown: Images, like: Images) -> str:
-    """Images side by side in the window of others, eight squares wide: a PNG in base 64.
+def _window(like: Images) -> Window:
+    """Nearly all values of images; all of them where nearly all are the same, as labels."""
+    some = like.flatten()[:: max(1, like.numel() // 10**6)]
+    low, high = torch.quantile(some, torch.tensor([0.005, 0.995])).tolist()
+    if low == high:
+        low, high = float(like.min()), float(like.max())
+    return low, high if high > low else low + 1
+
+
+def _side_by_side(x: Images, like: Images) -> Images:
+    """Channels, each in the window of others', one beside the other, in one image."""
+    scaled = []
+    for channel, others in zip(x.unbind(1), like.split(1, 1), strict=True):
+        low, high = _window(others)
+        scaled.append((channel - low) / (high - low))
+    return torch.cat(scaled, -1)[:, None]
+
+
+def sheet(*shown: Images, window: Window) -> str:
+    """Images side by side in a window, eight squares wide: a PNG file in base 64.
 
     Of several kinds each image of the first stands above those of the others.
     """
     from matplotlib import image
 
-    low, high = torch.quantile(like.flatten()[:: max(1, like.numel() // 10**6)], WINDOW)
+    low, high = window
     n, _, h, w = shown[0].shape
     columns = max(1, min(n, 8 * h // w))
     filled = torch.cat(
         [
-            torch.cat([part, high.expand(columns - len(part), *part.shape[1:])])
+            pad(part, [0] * 7 + [columns - len(part)], value=high)
             for row in zip(*(x.split(columns) for x in shown), strict=True)
             for part in row
         ]
@@ -534,9 +551,6 @@ def sheet(*shown: Images, like: Images) -> str:
     buffer = BytesIO()
     image.imsave(buffer, array, format="png")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-WINDOW = torch.tensor([0.005, 0.995])
 
 
 def _spectra(named: Mapping[str, Images]) -> str:

@@ -200,10 +200,16 @@ def test_a_card_of_the_middle_slice_of_three(tmp_path: Path, data: Data) -> None
 
 
 def test_channels_that_are_no_colours_are_shown_side_by_side() -> None:
-    x = torch.arange(24.0).reshape(2, 3, 2, 2)
-    made = _side_by_side(x)
-    assert made.shape == (2, 1, 2, 6)
-    assert torch.equal(made[1, 0], torch.cat(list(x[1]), 1))
+    """Each in its own window: a rare label of 0.1 as bright as a slice of 1000."""
+    x = torch.zeros(2, 3, 32, 32)
+    x[:, 0] = torch.linspace(0, 1000, 32)
+    x[1, 1, 0, 0] = 0.1
+    made = _side_by_side(x, x)
+    assert made.shape == (2, 1, 32, 96)
+    slices, label, nothing = made[:, 0].split(32, -1)
+    assert_close(slices[0, 0], torch.linspace(0, 1, 32), atol=0.01, rtol=0)
+    assert float(label[1, 0, 0]) == 1 and float(label.sum()) == 1
+    assert float(nothing.abs().max()) == 0
 
 
 def test_a_sheet_is_eight_squares_wide_and_pairs_stand_together() -> None:
@@ -214,7 +220,7 @@ def test_a_sheet_is_eight_squares_wide_and_pairs_stand_together() -> None:
         torch.linspace(a, b, 5)[:, None, None, None].expand(-1, 1, 128, 384)
         for a, b in ((0.0, 0.4), (0.5, 0.9))
     )
-    file = sheet(above, below, like=torch.linspace(0, 1, 1000).reshape(10, 1, 10, 10))
+    file = sheet(above, below, window=(0.0, 1.0))
     shown = image.imread(BytesIO(base64.b64decode(file)))[..., 0]
     assert shown.shape == (6 * 132, 2 * 388)
     middles = shown.reshape(6, 132, 2, 388)[:, 66, :, 194]
@@ -222,7 +228,7 @@ def test_a_sheet_is_eight_squares_wide_and_pairs_stand_together() -> None:
         [[0.0, 0.1], [0.5, 0.6], [0.2, 0.3], [0.7, 0.8], [0.4, 1.0], [0.9, 1.0]]
     )
     assert_close(torch.from_numpy(middles), expected, atol=0.01, rtol=0)
-    one = sheet(above[:, :, :, :128], like=above)
+    one = sheet(above[:, :, :, :128], window=(0.0, 1.0))
     assert image.imread(BytesIO(base64.b64decode(one))).shape[:2] == (132, 5 * 132)
 
 
