@@ -351,6 +351,7 @@ def docs(args: argparse.Namespace) -> None:
         f"`python benchmarks/latent.py run --images {n} --few {few} --tune "
         f"{found['tune']}`.",
     ]
+    lines += beside(found)
     if "fit" in found:
         names = ["truth", "coded truth", *FITTED]
         lines += ["", f"| ⟨(y − Ax)²⟩/σ², first {FEW} squares | {' | '.join(names)} |"]
@@ -359,6 +360,26 @@ def docs(args: argparse.Namespace) -> None:
             cells = [f"{row[k]:.2f}" if k in row else "–" for k in names]
             lines.append(f"| {task} | {' | '.join(cells)} |")
     put(args.docs, "\n".join(lines), BEGIN, END)
+
+
+def beside(found: Mapping[str, Any]) -> list[str]:
+    """Of methods that begin with another's images: by how much they lead these."""
+    lines = []
+    for label, method in METHODS.items():
+        for name in OPERATORS:
+            row = found[name].get(label) if method.begun else None
+            if row is None:
+                continue
+            pairs = zip(row["psnr"], found[name][method.begun]["psnr"], strict=True)
+            gaps = torch.tensor([a - b for a, b in pairs])
+            parts = gaps.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+            cells = " | ".join(f"{v:+.2f}" for v in parts.tolist())
+            lines.append(
+                f"| {label}, {name} | {int((gaps > 0).sum())} of {len(gaps)} | {cells} |"
+            )
+    head = "PSNR over what it begins with, in dB"
+    parts = "least | first quarter | median | third quarter | most"
+    return ["", f"| {head} | squares ahead | {parts} |", "| --- " * 7 + "|", *lines]
 
 
 def made(found: Mapping[str, Any]) -> str:
