@@ -54,7 +54,7 @@ PHOTOS = {"sr-4": "SR ×4", "deblur": "deblurring", "inpaint": "inpainting"}
 PRIORS: Mapping[str, Bundled] = {
     CT: Bundled(MR, {"ct-30": "CT, 30 views", "ct-15": "CT, 15 views"}),
     "ct-neighbours-128": Bundled(MR, page="volumes.md", method="groups"),
-    "ct-between-128": Bundled(MR, page="volumes.md"),
+    "ct-between-128": Bundled(MR, page="volumes.md", method="pnp-between"),
     "ct-coronal-128": Bundled(MR, page="volumes.md", method="planes"),
     "ct-organs-128": Bundled(MR, page="joint.md"),
     MR: Bundled(CT, {"mr-4": "MR ×4", "mr-8": "MR ×8"}),

@@ -34,6 +34,7 @@ import invsolve as iv
 from invsolve import io
 from invsolve.operators import Blur, Downsample, GaussianNoise, LinearOperator, Mask
 from invsolve.priors.latent import LatentPrior
+from invsolve.priors.weights import read_card
 from invsolve.samplers import ldps, psld, reddiff, resample, stsl, tv
 
 BEGIN, END = "<!-- latent: begin -->", "<!-- latent: end -->"
@@ -232,15 +233,18 @@ def run(args: argparse.Namespace) -> None:
     prior = latent_prior()
     test = photos(args.data, "test", args.images)
     tune = photos(args.data, "tune", args.tune)
-    if "coded" not in found:
+    now = weights()
+    if now not in found.setdefault("coded", {}):
         with torch.no_grad():
             coded = torch.cat([prior.decode(prior.encode(v)) for v in test.split(8)])
-        coded = row_of(coded, test)
-        found |= {"coded": coded, **sizes, "machine": machine(), "date": today()}
+        found["coded"][now] = row_of(coded, test)
+        found |= sizes
+        save(found, args.results)
     pairs = [(m, t) for m in args.methods for t in OPERATORS]
     for label, name in tqdm(pairs, desc="latent samplers"):
         rows, method = found.setdefault(name, {}), METHODS[label]
-        if label in rows:
+        asked = "" if method.sampler is tv else now
+        if rows.get(label, {}).get("weights") == asked:
             continue
         begun = beginning(name, method, rows, prior, tune)
         trials = tried(name, method, prior, tune, begun)
@@ -261,8 +265,14 @@ def run(args: argparse.Namespace) -> None:
             "trials": {str(k): v for k, v in trials.items()},
             "date": today(),
             "machine": machine(),
+            "weights": asked,
         }
         save(found, args.results)
+
+
+def weights() -> str:
+    """The first digits of the bundled weights' sum."""
+    return read_card(PRIOR)[0]["sha256"][:8]
 
 
 def today() -> str:
@@ -332,13 +342,16 @@ def docs(args: argparse.Namespace) -> None:
             row = found.get(name, {}).get(label)
             if row is None:
                 continue
+            mark = "" if row["weights"] in ("", weights()) else " ¹"
             options = ", ".join(f"{k} = {v:g}" for k, v in row["options"].items())
-            cells = [name, label, *(mean(row, *column) for column in columns)]
+            cells = [name, label + mark, *(mean(row, *column) for column in columns)]
             cells += [f"{row[k]:.0f}" for k in ("forwards", "backwards")]
             lines.append(f"| {' | '.join(cells)} | {row['seconds']:.1f} | {options} |")
-    whole = [mean(found["coded"], *column) for column in columns]
+    for made_by, row in found["coded"].items():
+        mark = "" if made_by == weights() else " ¹"
+        whole = " | ".join(mean(row, *column) for column in columns)
+        lines.append(f"| all | *coded and decoded truth*{mark} | {whole} | | | | |")
     lines += [
-        f"| all | *coded and decoded truth* | {' | '.join(whole)} | | | | |",
         "",
         f"PSNR in dB; mean scores of {n} squares, and of the first {few} of them, to which "
         "the methods of 1000 steps were put alone; one draw each. STSL has 50 levels. "
@@ -349,7 +362,7 @@ def docs(args: argparse.Namespace) -> None:
         "what *from TV* begins with is not counted; "
         f"{made(found)}, seed 0. Made by "
         f"`python benchmarks/latent.py run --images {n} --few {few} --tune "
-        f"{found['tune']}`.",
+        f"{found['tune']}`. ¹ With the weights before these.",
     ]
     lines += beside(found)
     if "fit" in found:
@@ -383,18 +396,14 @@ def beside(found: Mapping[str, Any]) -> list[str]:
 
 
 def made(found: Mapping[str, Any]) -> str:
-    """When and where the methods ran; those that do not say so, with the first."""
-    first = (found["date"], found["machine"])
-    others: dict[tuple[str, str], list[str]] = {}
+    """When, where and with which weights the methods ran."""
+    runs: dict[tuple[str, str, str], list[str]] = {}
     for name in OPERATORS:
         for label, row in found.get(name, {}).items():
-            there = (row.get("date", first[0]), row.get("machine", first[1]))
-            if there != first and label not in others.setdefault(there, []):
-                others[there].append(label)
-    told = [
-        f"{', '.join(names)}: {', '.join(there)}" for there, names in others.items()
-    ]
-    return "; ".join([", ".join(first), *told])
+            of = f"weights {row['weights']}" if row["weights"] else "no weights"
+            names = runs.setdefault((row["date"], row["machine"], of), [])
+            names += [] if label in names else [label]
+    return "; ".join(f"{', '.join(names)}: {', '.join(r)}" for r, names in runs.items())
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ CT: stacks of neighbouring slices of OpenKBP's validation patients (real CT), on
 grid; measurements are simulated (parallel rays, Poisson counts, on a grid three times
 finer). Brain MR: T1-like volumes simulated from the label maps of heads that the prior
 never saw; the same Poisson-disc samples of k-space in each slice. ``tune`` searches each
-method's settings on a patient (a head) apart, in as many trials for each. Each result is
-kept as it comes, so that a run which was stopped goes on.
+method's settings for a task on a patient (a head) apart, in as many trials for each; a
+task that is not searched takes another's. Each result is kept as it comes, so that a run
+which was stopped goes on.
 """
 
 import argparse
@@ -55,7 +56,6 @@ RESULTS = Path(__file__).parent / "results" / "volumes.json"
 KEPT = Path("runs/volumes")
 """Where reconstructions are kept for the picture."""
 
-COUNTS = 1e5
 SIGMA_K = 0.005
 """Of the noise in k-space, in each part."""
 
@@ -70,22 +70,42 @@ class Task:
     prior: str
     views: int = 0
     arc: float = 180.0
+    counts: float = 1e5
+    """Photons a ray."""
+    tuned_on: str = ""
+    """The task whose settings it takes, but for those of the methods that are ``own``."""
+    own: tuple[str, ...] = ()
+    """Whose settings are searched for it all the same, beginning with the other task's."""
+    patients: int = 1
+    """How many the settings are searched on."""
 
     @property
     def kind(self) -> str:
-        """Of the data, whose settings are tuned together."""
+        """Of the data."""
         return "ct" if self.views else "mr"
 
 
 TASKS: Mapping[str, Task] = {
     "ct-8": Task("CT, 8 views", "ct-headneck-128", 8),
-    "ct-4": Task("CT, 4 views", "ct-headneck-128", 4),
-    "ct-2": Task("CT, 2 views", "ct-headneck-128", 2),
-    "ct-90": Task("CT, 45 views over 90°", "ct-headneck-128", 45, 90.0),
+    "ct-4": Task(
+        "CT, 4 views",
+        "ct-headneck-128",
+        4,
+        tuned_on="ct-8",
+        own=("tv", "both", "pnp-both"),
+        patients=4,
+    ),
+    "ct-2": Task("CT, 2 views", "ct-headneck-128", 2, tuned_on="ct-8"),
+    "ct-90": Task(
+        "CT, 45 views over 90°", "ct-headneck-128", 45, 90.0, tuned_on="ct-8"
+    ),
+    "ct-low": Task(
+        "CT, 60 views, 2,000 photons", "ct-headneck-128", 60, counts=2e3, patients=2
+    ),
     "mr-8": Task("brain MR, Poisson disc ×8", "mr-brain-128"),
 }
-TUNED_ON = {"ct": "ct-8", "mr": "mr-8"}
-CT = tuple(name for name, task in TASKS.items() if task.kind == "ct")
+FEW = ("ct-8", "ct-4", "ct-2", "ct-90")
+LOW = ("ct-low",)
 MR = ("mr-8",)
 
 
@@ -129,8 +149,8 @@ def methods(steps: int) -> dict[str, Method]:
     z_tv = {**passes, "eta": 1.0}
     positive = {"nonnegative": True}
     return {
-        "fbp": Method("FBP", samplers.fbp, tasks=CT),
-        "sirt": Method("SIRT", samplers.sirt, fixed=positive, tasks=CT),
+        "fbp": Method("FBP", samplers.fbp, tasks=FEW + LOW),
+        "sirt": Method("SIRT", samplers.sirt, fixed=positive, tasks=FEW),
         "zero-filled": Method("zero-filled", zero_filled, tasks=MR),
         "tv": Method(
             "ADMM-TV 3D",
@@ -148,21 +168,25 @@ def methods(steps: int) -> dict[str, Method]:
                 "lam": (0.03, 3.0, 1.0),
             },
             passes,
+            tasks=FEW + MR,
         ),
         "pnp": Method(
             "PnP, slice by slice",
             samplers.pnp,
             {"sigma": (0.3, 5.0, 2.4), "lam": (0.01, 1.0, 0.07)},
             {"steps": steps},
+            tasks=FEW + MR,
         ),
-        "dds3d": Method("DDS, z-TV", dds3d, COUPLED, z_tv, coupled=True),
+        "dds3d": Method(
+            "DDS, z-TV", dds3d, COUPLED, z_tv, coupled=True, tasks=FEW + MR
+        ),
         "dds3d-slerp": Method(
             "DDS, z-TV, slerp noise",
             dds3d,
             COUPLED,
             {**z_tv, "noise": "slerp"},
             coupled=True,
-            tasks=CT,
+            tasks=FEW,
         ),
         "groups": Method(
             "DDS, z-TV, neighbours together",
@@ -170,7 +194,7 @@ def methods(steps: int) -> dict[str, Method]:
             COUPLED,
             z_tv,
             coupled=True,
-            tasks=CT,
+            tasks=FEW,
             by="groups",
         ),
         "planes": Method(
@@ -188,7 +212,7 @@ def methods(steps: int) -> dict[str, Method]:
             COUPLED,
             z_tv,
             coupled=True,
-            tasks=CT,
+            tasks=FEW,
             by="both",
         ),
         "pnp-both": Method(
@@ -196,7 +220,7 @@ def methods(steps: int) -> dict[str, Method]:
             samplers.pnp,
             NEAR,
             {"steps": steps},
-            tasks=CT,
+            tasks=FEW,
             by="both",
             begun="both",
         ),
@@ -205,7 +229,16 @@ def methods(steps: int) -> dict[str, Method]:
             samplers.pnp,
             NEAR,
             {"steps": steps},
-            tasks=MR,
+            tasks=LOW + MR,
+            begun="tv",
+        ),
+        "pnp-between": Method(
+            "the same, each slice among its neighbours",
+            samplers.pnp,
+            NEAR,
+            {"steps": steps},
+            tasks=LOW,
+            by="between",
             begun="tv",
         ),
         "mbir": Method(
@@ -351,7 +384,7 @@ def problem(
     arc = torch.deg2rad(torch.tensor(task.arc))
     angles = torch.linspace(0, float(arc), task.views + 1)[:-1]
     slices = ParallelBeam((h, w), angles, pixel_mm=spacing[1])
-    noise = TransmissionNoise(COUNTS, FLOOR)
+    noise = TransmissionNoise(task.counts, FLOOR)
     y = measure(x[0].movedim(0, 1), slices, noise, generator=generator)
     return iv.InverseProblem(y[None], SliceWise(slices, depth), noise)
 
@@ -395,14 +428,14 @@ def beginning(
     method: Method,
     results: dict[str, Any],
     given: iv.InverseProblem,
-    task: Task,
+    task_name: str,
     spacing: tuple[float, float, float],
     steps: int,
 ) -> iv.Solution:
     """The volume that a method begins with, by the other method's settings."""
     other = methods(steps)[method.begun]
-    settings = best(results, method.begun, task.kind)
-    return solve(other, settings, given, prior_of(task, other), spacing)
+    settings = best(results, method.begun, task_name)
+    return solve(other, settings, given, prior_of(TASKS[task_name], other), spacing)
 
 
 def scores(x: Tensor, truth: Tensor, task: Task) -> dict[str, float]:
@@ -447,9 +480,11 @@ def dates(rows: Iterable[Mapping[str, Any]]) -> str:
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def best(results: dict[str, Any], method: str, kind: str) -> dict[str, Any]:
-    """What the search found on the tuning volume."""
-    return results["tune"].get(f"{kind} {method}", {}).get("settings", {})
+def best(results: dict[str, Any], method: str, task_name: str) -> dict[str, Any]:
+    """What the search found for a task, or for the one whose settings it takes."""
+    tuned = results["tune"]
+    other = f"{TASKS[task_name].tuned_on} {method}"
+    return tuned.get(f"{task_name} {method}", tuned.get(other, {})).get("settings", {})
 
 
 def volumes(task: Task, data: Path, part: str, n: int, depth: int) -> list:
@@ -459,53 +494,68 @@ def volumes(task: Task, data: Path, part: str, n: int, depth: int) -> list:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Search each method's settings on one volume of each kind, in as many trials."""
+    """Search each method's settings for a task on patients apart, in as many trials."""
     results = load()
-    for kind, task_name in TUNED_ON.items():
-        if kind not in args.kinds:
-            continue
+    for task_name in args.tasks:
         task = TASKS[task_name]
-        [(_, x, spacing)] = volumes(task, args.data, "tune", 1, args.depth)
-        given = problem(task, x, spacing, seed=1)
+        found = volumes(task, args.data, "tune", task.patients, args.depth)
+        cases = [
+            (problem(task, x, spacing, seed=1), x, spacing) for _, x, spacing in found
+        ]
         for key, method in methods(args.steps).items():
-            name = f"{kind} {key}"
+            name = f"{task_name} {key}"
             wanted = key in args.methods and task_name in method.tasks and method.space
             if not wanted or name in results["tune"]:
                 continue
+            if task.tuned_on and key not in task.own:
+                continue
             prior = prior_of(task, method)
-            begin = None
+            begun: list[Tensor | None] = [None for _ in cases]
             if method.begun:
-                begin = beginning(
-                    method, results, given, task, spacing, args.steps
-                ).mean
-            score = partial(trial_score, method, given, prior, x, spacing, task, begin)
-            found = search(method, score)
-            results["tune"][name] = {**found, "depth": args.depth}
+                begun = [
+                    beginning(
+                        method, results, given, task_name, spacing, args.steps
+                    ).mean
+                    for given, _, spacing in cases
+                ]
+            score = partial(mean_score, method, prior, task, cases, begun)
+            found = search(method, score, best(results, key, task_name))
+            results["tune"][name] = {
+                **found,
+                "depth": args.depth,
+                "volumes": len(cases),
+                "date": today(),
+            }
             print(name, found, flush=True)
             keep(results)
 
 
-def trial_score(
+def mean_score(
     method: Method,
-    given: iv.InverseProblem,
     prior: iv.priors.Prior,
-    x: Tensor,
-    spacing: tuple[float, float, float],
     task: Task,
-    begin: Tensor | None,
+    cases: Iterable[tuple[iv.InverseProblem, Tensor, tuple[float, float, float]]],
+    begun: Iterable[Tensor | None],
     settings: Mapping[str, Any],
 ) -> float:
-    """The mean PSNR over the three orientations; of what diverges, -100."""
-    try:
-        made = solve(method, settings, given, prior, spacing, begin).mean
-    except ValueError:
-        return -100.0
-    row = scores(made.reshape(x.shape), x, task)
-    return sum(row[f"{plane} PSNR"] for plane in PLANES) / len(PLANES)
+    """The mean PSNR over volumes and orientations; of what diverges, -100."""
+    psnrs = []
+    for (given, x, spacing), begin in zip(cases, begun, strict=True):
+        try:
+            made = solve(method, settings, given, prior, spacing, begin).mean
+        except ValueError:
+            return -100.0
+        row = scores(made.reshape(x.shape), x, task)
+        psnrs += [row[f"{plane} PSNR"] for plane in PLANES]
+    return sum(psnrs) / len(psnrs)
 
 
-def search(method: Method, score: Callable[[Mapping[str, Any]], float]) -> dict:
-    """The best of so many trials by Optuna's TPE, with a seed."""
+def search(
+    method: Method,
+    score: Callable[[Mapping[str, Any]], float],
+    known: Mapping[str, Any],
+) -> dict:
+    """The best of so many trials by Optuna's TPE, with a seed, from what is known."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -519,10 +569,24 @@ def search(method: Method, score: Callable[[Mapping[str, Any]], float]) -> dict:
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=TRIALS // 2),
     )
-    study.enqueue_trial({k: first for k, (_, _, first) in method.space.items()})
+    first = {k: value for k, (_, _, value) in method.space.items()}
+    study.enqueue_trial({**first, **point(known, method)})
     study.optimize(objective, n_trials=TRIALS)
     best = study.best_trial
-    return {"settings": best.user_attrs["settings"], "psnr": study.best_value}
+    return {
+        "settings": best.user_attrs["settings"],
+        "psnr": study.best_value,
+        "first": study.trials[0].value,
+    }
+
+
+def point(settings: Mapping[str, Any], method: Method) -> dict[str, float]:
+    """Where in a method's space settings lie that `drawn` found."""
+    known = dict(settings)
+    if "sigma_range" in settings:
+        low, high = settings["sigma_range"]
+        known |= {"sigma": high, "low": low, "high": high}
+    return {k: known[k] for k in method.space if k in known}
 
 
 def drawn(trial: Any, method: Method) -> dict[str, Any]:
@@ -561,11 +625,11 @@ def run(args: argparse.Namespace) -> None:
                     continue
                 if label in results["run"]:
                     continue
-                settings = best(results, key, task.kind)
+                settings = best(results, key, task_name)
                 prior, begun = prior_of(task, method), None
                 if method.begun:
                     begun = done.get(method.begun) or beginning(
-                        method, results, given, task, spacing, args.steps
+                        method, results, given, task_name, spacing, args.steps
                     )
                 begin = begun and begun.mean
                 solution = solve(method, settings, given, prior, spacing, begin)
@@ -630,7 +694,8 @@ WHOLE = ("tv", "dds3d", "groups")
 
 def whole(args: argparse.Namespace) -> None:
     """A patient's whole volume from 8 views: how long it takes, and how good it is."""
-    results, task = load(), TASKS["ct-8"]
+    results, task_name = load(), "ct-8"
+    task = TASKS[task_name]
     path = sorted((args.data / "openkbp" / "val").glob("*_ct.nii.gz"))[TUNING_PATIENTS]
     image = io.read(path, "HU", axes="PLI")  # the affines say RAS, wrongly
     x = hu_to_mu(image.values)[None, None]
@@ -639,7 +704,7 @@ def whole(args: argparse.Namespace) -> None:
         if key not in args.methods or key in results.setdefault("whole", {}):
             continue
         method = methods(args.steps)[key]
-        prior, settings = prior_of(task, method), best(results, key, task.kind)
+        prior, settings = prior_of(task, method), best(results, key, task_name)
         solution = solve(method, settings, given, prior, image.spacing)
         made = solution.mean.reshape(x.shape)
         row = scores(made, x, task)
@@ -672,7 +737,7 @@ def complete(results: dict[str, Any], names: Collection[str]) -> list[dict[str, 
         ]
     counts = {
         kind: min(len(done[name]) for name, task in TASKS.items() if task.kind == kind)
-        for kind in TUNED_ON
+        for kind in ("ct", "mr")
     }
     chosen = {name: done[name][: counts[task.kind]] for name, task in TASKS.items()}
     return [r for r in results["run"].values() if r["volume"] in chosen[r["task"]]]
@@ -713,18 +778,24 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Stacks of {some['depth']} slices of 128×128: {ct} of patients (OpenKBP, real CT) "
         f"and {mr} of heads (simulated brain MR) whom neither training nor tuning saw; "
-        f"simulated measurements: {COUNTS:,.0f} photons a ray, or complex "
-        f"noise of σ = {SIGMA_K} in k-space. PSNR (data range 2000 HU, or 1) over the "
-        "body of the whole volume, and PSNR / SSIM as means over the planes of each "
-        "orientation; jumps along z: mean "
-        "|x_{k+1} − x_k| over the truth's; passes of the network for each slice, and "
-        "seconds for a volume, in bf16, on a machine that did other work as well. One draw "
-        "each; settings searched on a patient (a head) apart. "
+        f"simulated measurements: {TASKS['ct-8'].counts:,.0f} photons a ray unless the "
+        f"task says another number, or complex noise of σ = {SIGMA_K} in k-space. PSNR "
+        "(data range 2000 HU, or 1) over the body of the whole volume, and PSNR / SSIM as "
+        "means over the planes of each orientation; jumps along z: mean |x_{k+1} − x_k| "
+        "over the truth's; passes of the network for each slice, and seconds for a volume, "
+        "in bf16, on a machine that did other work as well. One draw each; settings "
+        f"searched on a patient (a head) apart, for each task but {borrowed()}. "
         "¹ Of the first volume alone. "
         f"{dates(runs)}, {results['machine']}, seed 0. Made by "
         "`python benchmarks/volumes.py run`.",
     ]
     return "\n".join(lines)
+
+
+def borrowed() -> str:
+    """The tasks that take another's settings, in words."""
+    takes = [(t.title, TASKS[t.tuned_on].title) for t in TASKS.values() if t.tuned_on]
+    return " and ".join(f"{title} (of {other})" for title, other in takes)
 
 
 def memory(results: dict[str, Any]) -> str:
@@ -871,7 +942,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="passes for each slice")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(methods(1)))
-    parser.add_argument("--kinds", nargs="+", default=list(TUNED_ON))
     parser.add_argument("--docs", type=Path, default=Path("docs/volumes.md"))
     args = parser.parse_args()
     PARTS[args.what](args)

@@ -1,6 +1,6 @@
 """What a solve costs: passes of the network and applications of the operator."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -89,7 +89,8 @@ def counted(operator: Operator, tally: Tally) -> Operator:
 class CountedOperator(Operator):
     """A nonlinear operator that counts.
 
-    A vjp counts as an apply and an adjoint, and a guess as one closed form.
+    A vjp counts as an apply and an adjoint, a pullback as an apply, and an adjoint for
+    each v that is pulled back; a guess as one closed form.
     """
 
     def __init__(self, inner: Operator, tally: Tally) -> None:
@@ -105,6 +106,18 @@ class CountedOperator(Operator):
         self.tally.adjoints += len(x)
         with self.tally.operator():
             return self.inner.vjp(x, v)
+
+    def pullback(self, x: X) -> tuple[Y, Callable[[Y], X]]:
+        self.tally.applies += len(x)
+        with self.tally.operator():
+            y, pull = self.inner.pullback(x)
+
+        def counted_pull(v: Y) -> X:
+            self.tally.adjoints += len(v)
+            with self.tally.operator():
+                return pull(v)
+
+        return y, counted_pull
 
     def guess(self, y: Y) -> X:
         self.tally.closed_forms += len(y)

@@ -75,8 +75,13 @@ class InverseProblem:
 
     def misfit_grad(self, x: X) -> X:
         """−∇_x log p(y | x)."""
-        residual = self.noise.nll_grad(self.y, self.operator.apply(x))
-        return self.operator.vjp(x, residual)
+        y, pull = self.operator.pullback(x)
+        return pull(self.noise.nll_grad(self.y, y))
+
+    def residual_grad(self, x: X) -> X:
+        """∇_x ½‖y − A(x)‖² = J_A(x)ᴴ (A(x) − y)."""
+        y, pull = self.operator.pullback(x)
+        return pull(y - self.y)
 
     def whitened(self) -> tuple[LinearOperator, Tensor]:
         """(√W A, √W y), with W the noise's precision: least squares with unit noise."""

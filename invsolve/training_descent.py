@@ -9,6 +9,8 @@ from typing import Any, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
+from invsolve.bf16 import avoided
+
 Descends = Literal["adamw", "muon"]
 
 
@@ -62,7 +64,8 @@ class Descent:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * rate
-            optimizer.step()
+            with avoided(next(self.net.parameters()).device):
+                optimizer.step()
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What it remembers."""

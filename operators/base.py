@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar, final, overload
 
 import torch
@@ -39,8 +40,14 @@ class Operator(ABC):
 
     def vjp(self, x: X, v: Y) -> X:
         """J_A(x)ᴴ v, the pull-back of v; by autodiff unless a subclass knows better."""
-        pullback = torch.func.vjp(self.apply, x)[1]
-        return pullback(v)[0]
+        return autodiff(self.apply, x)[1](v)
+
+    def pullback(self, x: X) -> tuple[Y, Callable[[Y], X]]:
+        """A(x), and v ↦ J_A(x)ᴴ v.
+
+        A subclass whose pull-back needs what A(x) has computed does both in one pass.
+        """
+        return self.apply(x), partial(self.vjp, x)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -87,6 +94,12 @@ class Operator(ABC):
 
     def __matmul__(self, inner: "Operator") -> "Operator":
         return Chain(self, inner)
+
+
+def autodiff(f: Callable[[X], Y], x: X) -> tuple[Y, Callable[[Y], X]]:
+    """f(x), and v ↦ J_f(x)ᴴ v, by autodiff in one pass."""
+    y, pull = torch.func.vjp(f, x)
+    return y, lambda v: pull(v)[0]
 
 
 class LinearOperator(Operator):
@@ -414,7 +427,13 @@ class Chain(Operator):
         return self.outer.apply(self.inner.apply(x))
 
     def vjp(self, x: X, v: Y) -> X:
-        return self.inner.vjp(x, self.outer.vjp(self.inner.apply(x), v))
+        z, pull = self.inner.pullback(x)
+        return pull(self.outer.vjp(z, v))
+
+    def pullback(self, x: X) -> tuple[Y, Callable[[Y], X]]:
+        z, pull = self.inner.pullback(x)
+        y, pull_outer = self.outer.pullback(z)
+        return y, lambda v: pull(pull_outer(v))
 
     def image_like(self, y: Y) -> X:
         return self.inner.image_like(self.outer.image_like(y))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
@@ -13,7 +14,7 @@ from invsolve.linalg import dot
 from invsolve.random import randn_like
 from invsolve.shapes import X, Y, per_item
 
-from .base import Operator
+from .base import Operator, autodiff
 from .mri import Fourier
 
 
@@ -104,8 +105,16 @@ class PhaseRetrieval(Operator):
 
     def vjp(self, x: X, v: Y) -> X:
         """Re of c̄ ⊙ PᴴFᴴ(v z/|z|) with z = FP(c ⊙ x), for real x; 0 where z = 0."""
-        pulled = self._field_adjoint(self._field(x).sgn() * v)
-        return pulled if x.is_complex() else pulled.real
+        return self.pullback(x)[1](v)
+
+    def pullback(self, x: X) -> tuple[Y, Callable[[Y], X]]:
+        z = self._field(x)
+
+        def pull(v: Y) -> X:
+            pulled = self._field_adjoint(z.sgn() * v)
+            return pulled if x.is_complex() else pulled.real
+
+        return z.abs(), pull
 
     def image_like(self, y: Y) -> X:
         zeros = super().image_like(y)
@@ -429,6 +438,9 @@ class NetworkOperator(Operator):
     def apply(self, x: X) -> Y:
         part = next(self._floats(), x)
         return self.module(x.to(part.dtype)).to(x.dtype)
+
+    def pullback(self, x: X) -> tuple[Y, Callable[[Y], X]]:
+        return autodiff(self.apply, x)
 
     def guess(self, y: Y) -> X:
         """y where f keeps the image's shape, else zeros."""

@@ -1,5 +1,6 @@
 """Registration: pictures seen through a field of displacements, which is the signal."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -10,7 +11,7 @@ from torch.nn.functional import grid_sample
 
 from invsolve.shapes import X, Y
 
-from .base import Operator
+from .base import Operator, autodiff
 
 
 @final
@@ -58,3 +59,6 @@ class Warp(Operator):
             align_corners=False,
         )
         return seen[:, None]
+
+    def pullback(self, x: X) -> tuple[Y, Callable[[Y], X]]:
+        return autodiff(self.apply, x)

@@ -61,3 +61,26 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.cuda, "get_device_capability", lambda _, c=capability: c
         )
         assert bf16.native(device("cuda")) == found
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_library_s_casts_become_float32_where_it_is_not(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bf16, "CPU", native)
+    x = torch.arange(3.0)
+    with bf16.avoided(x.device):
+        casts = [
+            x.bfloat16(),
+            x.to(torch.bfloat16),
+            x.to(dtype=torch.bfloat16, copy=True),
+            x.to("cpu", torch.bfloat16),
+        ]
+        assert x.to(torch.float64).dtype == x.double().dtype == torch.float64
+    wanted = torch.bfloat16 if native else torch.float32
+    assert {cast.dtype for cast in casts} == {wanted}
+    # Whoever casts has a tensor that it may write to.
+    for cast in casts:
+        cast.add_(1)
+    assert x.tolist() == [0, 1, 2]
+    assert x.bfloat16().dtype == torch.bfloat16

@@ -685,6 +685,21 @@ def test_what_is_measured_of_latents_has_its_derivative(generator: Generator) ->
     close(grey.vjp(z, y), own, 1e-8)
 
 
+def test_a_descent_in_latents_decodes_once_a_step(generator: Generator) -> None:
+    """A(Dec(z)) and what is pulled back from it are of one pass of the decoder."""
+    net, passes = small_vae(), []
+    net.vae.decoder.register_forward_hook(lambda *_: passes.append(1))
+    A = Decoded(Greyscale(), LatentPrior(EDMPrior(nn.Identity()), net))
+    z = torch.randn(2, 4, 4, 4, generator=generator)
+    given = InverseProblem(torch.zeros_like(A(z)), A, GaussianNoise(1.0))
+    passes.clear()
+    grad = given.residual_grad(z)
+    assert len(passes) == 1
+    close(grad, A.vjp(z, A(z)), 1e-5)
+    close(given.misfit_grad(z), grad, 1e-5)
+    assert len(passes) == 4
+
+
 def count(
     sampler: Callable[..., Tensor], given: InverseProblem, prior: Any, options: Any
 ) -> int:

@@ -125,6 +125,18 @@ def test_vjp_is_autograd(A: ops.Operator, x: Tensor, generator: Generator) -> No
     assert_close(torch.func.vjp(A.apply, x)[1](v)[0], grad)
 
 
+def test_the_pullback_is_the_measurement_and_the_vjp(
+    A: ops.Operator, x: Tensor, generator: Generator
+) -> None:
+    """As often as it is asked, and also where gradients are off."""
+    with torch.no_grad():
+        y, pull = A.pullback(x)
+        assert_close(y, A(x))
+        for _ in range(2):
+            v = torch.randn(y.shape, dtype=y.dtype, generator=generator)
+            assert_close(pull(v), A.vjp(x, v))
+
+
 @pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if not case.straight_through]
 )

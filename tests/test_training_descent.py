@@ -10,6 +10,7 @@ from test_training_loop import run, same
 from torch import Generator, Tensor, nn
 from torch.testing import assert_close
 
+from invsolve import bf16
 from invsolve.priors.unet import UNet, UNetConfig, laid_out
 from invsolve.training_descent import Descends, Descent, inner_kernels
 
@@ -66,6 +67,29 @@ def test_muon_turns_a_kernel_by_the_polar_factor_of_its_gradient(last: bool) -> 
         along = -(U.T @ delta @ Vh.T).diagonal()[:rank] / expected
         assert along.min() > 0.6
         assert along.max() < 1.3
+
+
+@pytest.mark.parametrize(("native", "rounds"), [(True, True), (False, False)])
+def test_muon_rounds_to_bfloat16_only_where_that_is_fast(
+    native: bool, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient that is scaled by 1.1 has the same polar factor, to the rounding."""
+    monkeypatch.setattr(bf16, "CPU", native)
+    net = network()
+    turned = []
+    for scale in (1.0, 1.1):
+        p = [nn.Parameter(w.detach().clone()) for w in net.parameters()]
+        layers = copy.deepcopy(net)
+        descent = Descent(layers, "muon", 1e-2)
+        g = Generator().manual_seed(0)
+        for weight in layers.parameters():
+            weight.grad = scale * torch.randn(weight.shape, generator=g)
+        descent.step(1.0)
+        turned.append(
+            [w.detach() - b for w, b in zip(layers.parameters(), p, strict=True)]
+        )
+    gaps = [(turned[0][i] - turned[1][i]).abs().max() / 1e-2 for i in INNER]
+    assert (max(gaps) > 1e-4) == rounds
 
 
 def test_the_rest_takes_adamw_s_step() -> None:

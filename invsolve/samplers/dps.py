@@ -102,9 +102,9 @@ def misfit_norm_grad(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         x0 = prior.denoise(x, sigma)
-        residual = problem.operator.apply(x0.detach()) - problem.y
+        y, pull = problem.operator.pullback(x0.detach())
+        residual = y - problem.y
         norm = dot(residual, residual).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
         unit = residual / per_item(norm, residual)
-        pulled = problem.operator.vjp(x0.detach(), unit)
-        (grad,) = torch.autograd.grad(x0, x, pulled)
+        (grad,) = torch.autograd.grad(x0, x, pull(unit))
     return x0.detach(), grad

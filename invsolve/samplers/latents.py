@@ -92,11 +92,19 @@ class Decoded(Operator):
         return self.operator.apply(self.decode(x))
 
     def vjp(self, x: X, v: Y) -> X:
+        return self.pullback(x)[1](v)
+
+    def pullback(self, x: X) -> tuple[Y, Callable[[Y], X]]:
         with torch.enable_grad():
             z = x.detach().requires_grad_()
             image = self.decode(z)
-        pull = self.operator.vjp(image.detach(), v)
-        return torch.autograd.grad(image, z, pull)[0]
+        y, pull = self.operator.pullback(image.detach())
+
+        def pull_latents(v: Y) -> X:
+            (grad,) = torch.autograd.grad(image, z, pull(v), retain_graph=True)
+            return grad
+
+        return y, pull_latents
 
     @property
     def measurement_shape(self) -> tuple[int, ...]:
@@ -158,12 +166,12 @@ def misfit_pull(
 
     The gradient of the norm is 0 where the norm is.
     """
-    residual = problem.operator.apply(x) - problem.y
+    y, pull = problem.operator.pullback(x)
+    residual = y - problem.y
     norm = dot(residual, residual).sqrt()
     if loss == "squared":
-        return problem.operator.vjp(x, 2 * residual), norm
-    unit = residual / per_item(floor(norm), residual)
-    return problem.operator.vjp(x, unit), norm
+        return pull(2 * residual), norm
+    return pull(residual / per_item(floor(norm), residual)), norm
 
 
 def floor(norm: PerItem) -> PerItem:

@@ -164,7 +164,6 @@ def reddiff(
     Returns:
         μ, one for each item of y.
     """
-    A, y = problem.operator, problem.y
     mu = initial(problem, init)
     if optimizer == "prox" and normalize != "bayes":
         raise ValueError('optimizer="prox" needs normalize="bayes"')
@@ -177,7 +176,7 @@ def reddiff(
         raise ValueError(f"unknown returns {returns!r}: mu or x0")
     levels = _ordered(sigmas.to(mu.device, mu.dtype), order, generator)
     stop = Discrepancy(problem, mu, discrepancy)
-    n_y, n_x = y[0].numel(), mu[0].numel()
+    n_y, n_x = problem.y[0].numel(), mu[0].numel()
     mu = mu.clone().requires_grad_()
     descent = _optimizer(optimizer, mu, lr, betas)
     x0 = mu.detach()
@@ -202,7 +201,7 @@ def reddiff(
             if normalize == "bayes":
                 data = problem.misfit_grad(x0)
             else:
-                data = A.vjp(x0, A.apply(x0) - y)
+                data = problem.residual_grad(x0)
             total = obs_weight * data + lam * weigh(s, weight) * reg
             if normalize == "mean":
                 total = obs_weight * data / n_y + lam * weigh(s, weight) * reg / n_x
