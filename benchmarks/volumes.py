@@ -646,6 +646,7 @@ def run(args: argparse.Namespace) -> None:
                     "seconds": sum(stats.seconds for stats in parts),
                     "settings": settings,
                     "date": today(),
+                    "machine": machine(),
                     **row,
                 }
                 KEPT.mkdir(parents=True, exist_ok=True)
@@ -736,7 +737,7 @@ def complete(results: dict[str, Any], names: Collection[str]) -> list[dict[str, 
             v for v in seen if wanted <= {r["method"] for r in runs if r["volume"] == v}
         ]
     counts = {
-        kind: min(len(done[name]) for name, task in TASKS.items() if task.kind == kind)
+        kind: min(len(done[k]) for k, t in TASKS.items() if t.kind == kind and done[k])
         for kind in ("ct", "mr")
     }
     chosen = {name: done[name][: counts[task.kind]] for name, task in TASKS.items()}
@@ -783,19 +784,32 @@ def table(results: dict[str, Any]) -> str:
         "(data range 2000 HU, or 1) over the body of the whole volume, and PSNR / SSIM as "
         "means over the planes of each orientation; jumps along z: mean |x_{k+1} − x_k| "
         "over the truth's; passes of the network for each slice, and seconds for a volume, "
-        "in bf16, on a machine that did other work as well. One draw each; settings "
-        f"searched on a patient (a head) apart, for each task but {borrowed()}. "
-        "¹ Of the first volume alone. "
-        f"{dates(runs)}, {results['machine']}, seed 0. Made by "
+        "in bf16 (float32 on AMD's), on machines that did other work as well. One draw "
+        "each; settings searched in as many trials for each method, on patients (a head) "
+        f"apart: {searched()}. ¹ Of the first volume alone. "
+        f"{dates(runs)}, {where(runs)}, seed 0. Made by "
         "`python benchmarks/volumes.py run`.",
     ]
     return "\n".join(lines)
 
 
-def borrowed() -> str:
-    """The tasks that take another's settings, in words."""
-    takes = [(t.title, TASKS[t.tuned_on].title) for t in TASKS.values() if t.tuned_on]
-    return " and ".join(f"{title} (of {other})" for title, other in takes)
+def searched() -> str:
+    """Of which tasks the settings are, and on how many volumes, in words."""
+    told = []
+    for task in TASKS.values():
+        on = f"on {task.patients}"
+        if task.tuned_on:
+            names = ", ".join(f"*{methods(1)[key].name}*" for key in task.own)
+            on = f"as {TASKS[task.tuned_on].title}" + (
+                f", but {names} {on}" * bool(names)
+            )
+        told.append(f"{task.title} {on}")
+    return "; ".join(told)
+
+
+def where(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The machines that these were measured on."""
+    return " and ".join(dict.fromkeys(row["machine"] for row in rows))
 
 
 def memory(results: dict[str, Any]) -> str:
@@ -877,7 +891,10 @@ def picture(path: Path, args: argparse.Namespace, task_name: str = "ct-8") -> No
     shown = {"truth": truth}
     for key, method in methods(args.steps).items():
         file = KEPT / f"{task_name} {first} {key}.pt"
-        if file.exists():
+        if task_name in method.tasks and not file.exists():
+            print(f"{path} stays as it is: {file} is not there")
+            return
+        if task_name in method.tasks:
             shown[method.name] = torch.load(file, weights_only=True)["x"].float()
     planes = {name: mu_to_hu(x[0, 0])[:, *cut] for name, x in shown.items()}
     png = planes_figure(planes, spacing, (-160.0, 240.0))
