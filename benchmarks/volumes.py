@@ -99,9 +99,7 @@ TASKS: Mapping[str, Task] = {
     "ct-90": Task(
         "CT, 45 views over 90°", "ct-headneck-128", 45, 90.0, tuned_on="ct-8"
     ),
-    "ct-low": Task(
-        "CT, 60 views, 2,000 photons", "ct-headneck-128", 60, counts=2e3, patients=2
-    ),
+    "ct-low": Task("CT, 60 views, 2,000 photons", "ct-headneck-128", 60, counts=2e3),
     "mr-8": Task("brain MR, Poisson disc ×8", "mr-brain-128"),
 }
 FEW = ("ct-8", "ct-4", "ct-2", "ct-90")
