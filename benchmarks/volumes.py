@@ -73,11 +73,7 @@ class Task:
     counts: float = 1e5
     """Photons a ray."""
     tuned_on: str = ""
-    """The task whose settings it takes, but for those of the methods that are ``own``."""
-    own: tuple[str, ...] = ()
-    """Whose settings are searched for it all the same, beginning with the other task's."""
-    patients: int = 1
-    """How many the settings are searched on."""
+    """The task whose settings it takes, if not its own."""
 
     @property
     def kind(self) -> str:
@@ -87,14 +83,7 @@ class Task:
 
 TASKS: Mapping[str, Task] = {
     "ct-8": Task("CT, 8 views", "ct-headneck-128", 8),
-    "ct-4": Task(
-        "CT, 4 views",
-        "ct-headneck-128",
-        4,
-        tuned_on="ct-8",
-        own=("tv", "both", "pnp-both"),
-        patients=4,
-    ),
+    "ct-4": Task("CT, 4 views", "ct-headneck-128", 4, tuned_on="ct-8"),
     "ct-2": Task("CT, 2 views", "ct-headneck-128", 2, tuned_on="ct-8"),
     "ct-90": Task(
         "CT, 45 views over 90°", "ct-headneck-128", 45, 90.0, tuned_on="ct-8"
@@ -478,11 +467,10 @@ def dates(rows: Iterable[Mapping[str, Any]]) -> str:
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def best(results: dict[str, Any], method: str, task_name: str) -> dict[str, Any]:
-    """What the search found for a task, or for the one whose settings it takes."""
-    tuned = results["tune"]
-    other = f"{TASKS[task_name].tuned_on} {method}"
-    return tuned.get(f"{task_name} {method}", tuned.get(other, {})).get("settings", {})
+def best(results: dict[str, Any], key: str, task_name: str) -> dict[str, Any]:
+    """What the search found on the tuning volume of a task, or of the one it follows."""
+    task_name = TASKS[task_name].tuned_on or task_name
+    return results["tune"].get(f"{task_name} {key}", {}).get("settings", {})
 
 
 def volumes(task: Task, data: Path, part: str, n: int, depth: int) -> list:
@@ -492,68 +480,53 @@ def volumes(task: Task, data: Path, part: str, n: int, depth: int) -> list:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Search each method's settings for a task on patients apart, in as many trials."""
+    """Search each method's settings for a task on one volume, in as many trials."""
     results = load()
     for task_name in args.tasks:
         task = TASKS[task_name]
-        found = volumes(task, args.data, "tune", task.patients, args.depth)
-        cases = [
-            (problem(task, x, spacing, seed=1), x, spacing) for _, x, spacing in found
-        ]
+        if task.tuned_on:
+            continue
+        [(_, x, spacing)] = volumes(task, args.data, "tune", 1, args.depth)
+        given = problem(task, x, spacing, seed=1)
         for key, method in methods(args.steps).items():
             name = f"{task_name} {key}"
             wanted = key in args.methods and task_name in method.tasks and method.space
             if not wanted or name in results["tune"]:
                 continue
-            if task.tuned_on and key not in task.own:
-                continue
             prior = prior_of(task, method)
-            begun: list[Tensor | None] = [None for _ in cases]
+            begin = None
             if method.begun:
-                begun = [
-                    beginning(
-                        method, results, given, task_name, spacing, args.steps
-                    ).mean
-                    for given, _, spacing in cases
-                ]
-            score = partial(mean_score, method, prior, task, cases, begun)
-            found = search(method, score, best(results, key, task_name))
-            results["tune"][name] = {
-                **found,
-                "depth": args.depth,
-                "volumes": len(cases),
-                "date": today(),
-            }
+                begin = beginning(
+                    method, results, given, task_name, spacing, args.steps
+                ).mean
+            score = partial(trial_score, method, given, prior, x, spacing, task, begin)
+            found = search(method, score)
+            results["tune"][name] = {**found, "depth": args.depth}
             print(name, found, flush=True)
             keep(results)
 
 
-def mean_score(
+def trial_score(
     method: Method,
+    given: iv.InverseProblem,
     prior: iv.priors.Prior,
+    x: Tensor,
+    spacing: tuple[float, float, float],
     task: Task,
-    cases: Iterable[tuple[iv.InverseProblem, Tensor, tuple[float, float, float]]],
-    begun: Iterable[Tensor | None],
+    begin: Tensor | None,
     settings: Mapping[str, Any],
 ) -> float:
-    """The mean PSNR over volumes and orientations; of what diverges, -100."""
-    psnrs = []
-    for (given, x, spacing), begin in zip(cases, begun, strict=True):
-        try:
-            made = solve(method, settings, given, prior, spacing, begin).mean
-        except ValueError:
-            return -100.0
-        row = scores(made.reshape(x.shape), x, task)
-        psnrs += [row[f"{plane} PSNR"] for plane in PLANES]
-    return sum(psnrs) / len(psnrs)
+    """The mean PSNR over the three orientations; of what diverges, -100."""
+    try:
+        made = solve(method, settings, given, prior, spacing, begin).mean
+    except ValueError:
+        return -100.0
+    row = scores(made.reshape(x.shape), x, task)
+    return sum(row[f"{plane} PSNR"] for plane in PLANES) / len(PLANES)
 
 
-def search(
-    method: Method,
-    score: Callable[[Mapping[str, Any]], float],
-    known: Mapping[str, Any],
-) -> dict:
-    """The best of so many trials by Optuna's TPE, with a seed, from what is known."""
+def search(method: Method, score: Callable[[Mapping[str, Any]], float]) -> dict:
+    """The best of so many trials by Optuna's TPE, with a seed."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -567,24 +540,10 @@ def search(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=TRIALS // 2),
     )
-    first = {k: value for k, (_, _, value) in method.space.items()}
-    study.enqueue_trial({**first, **point(known, method)})
+    study.enqueue_trial({k: first for k, (_, _, first) in method.space.items()})
     study.optimize(objective, n_trials=TRIALS)
     best = study.best_trial
-    return {
-        "settings": best.user_attrs["settings"],
-        "psnr": study.best_value,
-        "first": study.trials[0].value,
-    }
-
-
-def point(settings: Mapping[str, Any], method: Method) -> dict[str, float]:
-    """Where in a method's space settings lie that `drawn` found."""
-    known = dict(settings)
-    if "sigma_range" in settings:
-        low, high = settings["sigma_range"]
-        known |= {"sigma": high, "low": low, "high": high}
-    return {k: known[k] for k in method.space if k in known}
+    return {"settings": best.user_attrs["settings"], "psnr": study.best_value}
 
 
 def drawn(trial: Any, method: Method) -> dict[str, Any]:
@@ -783,8 +742,9 @@ def table(results: dict[str, Any]) -> str:
         "means over the planes of each orientation; jumps along z: mean |x_{k+1} − x_k| "
         "over the truth's; passes of the network for each slice, and seconds for a volume, "
         "in bf16 (float32 on AMD's), on machines that did other work as well. One draw "
-        "each; settings searched in as many trials for each method, on patients (a head) "
-        f"apart: {searched()}. ¹ Of the first volume alone. "
+        "each; settings searched in as many trials for each method, on a patient (a head) "
+        f"apart, for each task but {searched()}. "
+        "¹ Of the first volume alone. "
         f"{dates(runs)}, {where(runs)}, seed 0. Made by "
         "`python benchmarks/volumes.py run`.",
     ]
@@ -792,17 +752,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def searched() -> str:
-    """Of which tasks the settings are, and on how many volumes, in words."""
-    told = []
-    for task in TASKS.values():
-        on = f"on {task.patients}"
-        if task.tuned_on:
-            names = ", ".join(f"*{methods(1)[key].name}*" for key in task.own)
-            on = f"as {TASKS[task.tuned_on].title}" + (
-                f", but {names} {on}" * bool(names)
-            )
-        told.append(f"{task.title} {on}")
-    return "; ".join(told)
+    """The tasks that take another's settings, in words."""
+    takes = [(t.title, TASKS[t.tuned_on].title) for t in TASKS.values() if t.tuned_on]
+    return ", ".join(f"{title} (of {other})" for title, other in takes)
 
 
 def where(rows: Iterable[Mapping[str, Any]]) -> str:

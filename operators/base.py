@@ -98,7 +98,7 @@ class Operator(ABC):
 
 def autodiff(f: Callable[[X], Y], x: X) -> tuple[Y, Callable[[Y], X]]:
     """f(x), and v ↦ J_f(x)ᴴ v, by autodiff in one pass."""
-    y, pull = torch.func.vjp(f, x)
+    y, pull, *_ = torch.func.vjp(f, x)
     return y, lambda v: pull(v)[0]
 
 

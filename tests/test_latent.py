@@ -917,12 +917,12 @@ def bundled() -> Any:
 
 
 def test_the_bundled_autoencoder_keeps_a_photograph(bundled: Any) -> None:
-    """Four numbers for 48: better than the three means of each 4×4 pixels."""
+    """Eight numbers for 48: far better than the three means of each 4×4 pixels."""
     x = photograph()
     with torch.no_grad():
         coded = bundled.decode(bundled.encode(x))
     blocks = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="nearest")
-    assert psnr_over(coded, x) > psnr_over(blocks, x) + 1.5
+    assert psnr_over(coded, x) > psnr_over(blocks, x) + 6
 
 
 def test_the_bundled_prior_denoises_latents(bundled: Any) -> None:
