@@ -41,6 +41,8 @@ BEGIN, END = "<!-- latent: begin -->", "<!-- latent: end -->"
 SIGMA_Y = 0.02
 PRIOR = "latent-photos-64"
 RESULTS = Path(__file__).parent / "results" / "latent.json"
+BEFORE = " ¹"
+"""What marks a row of the weights before these."""
 
 
 def motion(length: int) -> Tensor:
@@ -99,6 +101,12 @@ def omega(value: float) -> dict[str, float]:
 
 
 FIRST: Mapping[str, Any] = {"trace": "off"}
+NEAR: Mapping[str, Any] = {
+    "sigma_range": (0.1, 1.0),
+    "weight": "calibrated",
+    "normalize": "bayes",
+    "antithetic": True,
+}
 METHODS: Mapping[str, Method] = {
     "total variation": Method(tv, 200, lam),
     "STSL, K = 2": Method(stsl, 50, lam, fixed={"averages": 2}),
@@ -116,18 +124,10 @@ METHODS: Mapping[str, Method] = {
     "ReSample": Method(resample, 100, lam, (3.0, 10.0, 30.0)),
     "LDPS, 100": Method(ldps, 100, zeta),
     "RED-diff, from TV": Method(
-        reddiff,
-        50,
-        lam,
-        (0.1, 0.3, 1.0),
-        {
-            "sigma_range": (0.1, 1.0),
-            "lr": 0.03,
-            "weight": "calibrated",
-            "normalize": "bayes",
-            "antithetic": True,
-        },
-        begun="total variation",
+        reddiff, 50, lam, (0.1, 0.3, 1.0), {**NEAR, "lr": 0.03}, begun="total variation"
+    ),
+    "RED-diff, from TV, short steps": Method(
+        reddiff, 50, lam, (0.1, 0.3, 1.0), {**NEAR, "lr": 0.01}, begun="total variation"
     ),
     "STSL, K = 5, no trace": Method(stsl, 50, lam, fixed=FIRST),
     "LDPS, 1000": Method(ldps, 1000, zeta, tuned_at=100),
@@ -246,6 +246,8 @@ def run(args: argparse.Namespace) -> None:
         asked = "" if method.sampler is tv else now
         if rows.get(label, {}).get("weights") == asked:
             continue
+        if label in rows:
+            rows[label + BEFORE] = rows.pop(label)
         begun = beginning(name, method, rows, prior, tune)
         trials = tried(name, method, prior, tune, begun)
         best = method.options(max(trials, key=lambda v: trials[v]))
@@ -304,6 +306,7 @@ def fit(args: argparse.Namespace) -> None:
             label: float((problem.y - problem.operator(v)).square().mean() / SIGMA_Y**2)
             for label, v in images.items()
         }
+        found["fit of"] = weights()
         save(found, args.results)
 
 
@@ -338,17 +341,18 @@ def docs(args: argparse.Namespace) -> None:
     head = ["task", "method", *heads, "forward", "backward", "seconds", "chosen"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for name in OPERATORS:
-        for label in METHODS:
+        for label in (m + mark for m in METHODS for mark in ("", BEFORE)):
             row = found.get(name, {}).get(label)
             if row is None:
                 continue
-            mark = "" if row["weights"] in ("", weights()) else " ¹"
+            current = row["weights"] in ("", weights()) or label.endswith(BEFORE)
+            mark = "" if current else BEFORE
             options = ", ".join(f"{k} = {v:g}" for k, v in row["options"].items())
             cells = [name, label + mark, *(mean(row, *column) for column in columns)]
             cells += [f"{row[k]:.0f}" for k in ("forwards", "backwards")]
             lines.append(f"| {' | '.join(cells)} | {row['seconds']:.1f} | {options} |")
     for made_by, row in found["coded"].items():
-        mark = "" if made_by == weights() else " ¹"
+        mark = "" if made_by == weights() else BEFORE
         whole = " | ".join(mean(row, *column) for column in columns)
         lines.append(f"| all | *coded and decoded truth*{mark} | {whole} | | | | |")
     lines += [
@@ -367,7 +371,9 @@ def docs(args: argparse.Namespace) -> None:
     lines += beside(found)
     if "fit" in found:
         names = ["truth", "coded truth", *FITTED]
-        lines += ["", f"| ⟨(y − Ax)²⟩/σ², first {FEW} squares | {' | '.join(names)} |"]
+        mark = "" if found["fit of"] == weights() else BEFORE
+        head = f"⟨(y − Ax)²⟩/σ², first {FEW} squares{mark}"
+        lines += ["", f"| {head} | {' | '.join(names)} |"]
         lines += ["|" + " --- |" * (1 + len(names))]
         for task, row in found["fit"].items():
             cells = [f"{row[k]:.2f}" if k in row else "–" for k in names]
