@@ -220,7 +220,7 @@ def methods(steps: int) -> dict[str, Method]:
             begun="tv",
         ),
         "pnp-between": Method(
-            "the same, each slice among its neighbours",
+            "ADMM-TV 3D, then PnP among neighbours",
             samplers.pnp,
             NEAR,
             {"steps": steps},
@@ -296,7 +296,8 @@ def experts(args: argparse.Namespace) -> None:
         psnrs = (10 * ((2 * MU_WATER) ** 2 / mean).log10()).tolist()
         rows.append({"sigma": level, **dict(zip(asked, psnrs, strict=True))})
         print(rows[-1], flush=True)
-    results["experts"] = {"volumes": len(found), "rows": rows, "date": today()}
+    told = {"date": today(), "machine": machine()}
+    results["experts"] = {"volumes": len(found), "rows": rows, **told}
     keep(results)
 
 
@@ -450,7 +451,6 @@ def load() -> dict[str, Any]:
 
 def keep(results: dict[str, Any]) -> None:
     """Write it, whole or not at all."""
-    results["machine"] = machine()
     text = json.dumps(results, indent=1) + "\n"
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     io.replace(RESULTS, lambda p: Path(p).write_text(text))
@@ -642,6 +642,7 @@ def depth(args: argparse.Namespace) -> None:
             "seconds": held[-1].stats.seconds / 2,
             "overhead": held[-1].stats.overhead,
             "date": today(),
+            "machine": machine(),
         }
         print(name, results["depth"][name], flush=True)
         keep(results)
@@ -778,7 +779,7 @@ def memory(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"`dds3d`, 8 views, float32. {dates(results['depth'].values())}, "
-        f"{results['machine']}, doing other "
+        f"{where(results['depth'].values())}, doing other "
         "work as well. Made by `python benchmarks/volumes.py depth`.",
     ]
     return "\n".join(lines)
@@ -823,7 +824,8 @@ def by_level(results: dict[str, Any]) -> str:
         "",
         f"PSNR in dB of denoising {results['experts']['volumes']} stacks of patients for "
         f"tuning, σ in the network's range (1 is water). {results['experts']['date']}, "
-        f"{results['machine']}. Made by `python benchmarks/volumes.py experts`.",
+        f"{results['experts']['machine']}. "
+        "Made by `python benchmarks/volumes.py experts`.",
     ]
     return "\n".join(lines)
 
