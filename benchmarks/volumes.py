@@ -19,11 +19,12 @@ which was stopped goes on.
 import argparse
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -108,8 +109,8 @@ class Method:
     tasks: tuple[str, ...] = tuple(TASKS)
     by: str = "slices"
     """Which prior of volumes it asks: one of `volume_priors`."""
-    begun: str = ""
-    """The method, by its key, whose volume it begins with."""
+    begun: tuple[str, ...] = ()
+    """The methods, by their keys, the mean of whose volumes it begins with."""
     first: bool = False
     """Whether it is so slow that it is run for the first volume alone."""
 
@@ -209,7 +210,16 @@ def methods(steps: int) -> dict[str, Method]:
             {"steps": steps},
             tasks=FEW,
             by="both",
-            begun="both",
+            begun=("both",),
+        ),
+        "pnp-mean": Method(
+            "the mean of both, then PnP",
+            samplers.pnp,
+            NEAR,
+            {"steps": steps},
+            tasks=FEW,
+            by="both",
+            begun=("dds3d", "both"),
         ),
         "pnp-tv": Method(
             "ADMM-TV 3D, then PnP",
@@ -217,7 +227,7 @@ def methods(steps: int) -> dict[str, Method]:
             NEAR,
             {"steps": steps},
             tasks=LOW + MR,
-            begun="tv",
+            begun=("tv",),
         ),
         "pnp-between": Method(
             "ADMM-TV 3D, then PnP among neighbours",
@@ -226,7 +236,7 @@ def methods(steps: int) -> dict[str, Method]:
             {"steps": steps},
             tasks=LOW,
             by="between",
-            begun="tv",
+            begun=("tv",),
         ),
         "mbir": Method(
             "DiffusionMBIR",
@@ -419,11 +429,20 @@ def beginning(
     task_name: str,
     spacing: tuple[float, float, float],
     steps: int,
-) -> iv.Solution:
-    """The volume that a method begins with, by the other method's settings."""
-    other = methods(steps)[method.begun]
-    settings = best(results, method.begun, task_name)
-    return solve(other, settings, given, prior_of(TASKS[task_name], other), spacing)
+    done: Mapping[str, iv.Solution] = MappingProxyType({}),
+) -> list[iv.Solution]:
+    """What a method begins with: others' volumes, done already or by their settings."""
+    found = []
+    for key in method.begun:
+        other, settings = methods(steps)[key], best(results, key, task_name)
+        prior = prior_of(TASKS[task_name], other)
+        found.append(done.get(key) or solve(other, settings, given, prior, spacing))
+    return found
+
+
+def mean_of(found: Sequence[iv.Solution]) -> Tensor | None:
+    """Of their volumes; of none, none."""
+    return torch.stack([s.mean for s in found]).mean(0) if found else None
 
 
 def scores(x: Tensor, truth: Tensor, task: Task) -> dict[str, float]:
@@ -494,11 +513,8 @@ def tune(args: argparse.Namespace) -> None:
             if not wanted or name in results["tune"]:
                 continue
             prior = prior_of(task, method)
-            begin = None
-            if method.begun:
-                begin = beginning(
-                    method, results, given, task_name, spacing, args.steps
-                ).mean
+            started = beginning(method, results, given, task_name, spacing, args.steps)
+            begin = mean_of(started)
             score = partial(trial_score, method, given, prior, x, spacing, task, begin)
             found = search(method, score)
             results["tune"][name] = {**found, "depth": args.depth}
@@ -583,15 +599,13 @@ def run(args: argparse.Namespace) -> None:
                 if label in results["run"]:
                     continue
                 settings = best(results, key, task_name)
-                prior, begun = prior_of(task, method), None
-                if method.begun:
-                    begun = done.get(method.begun) or beginning(
-                        method, results, given, task_name, spacing, args.steps
-                    )
-                begin = begun and begun.mean
+                begun = beginning(
+                    method, results, given, task_name, spacing, args.steps, done
+                )
+                prior, begin = prior_of(task, method), mean_of(begun)
                 solution = solve(method, settings, given, prior, spacing, begin)
                 done[key] = solution
-                parts = [s.stats for s in (begun, solution) if s is not None]
+                parts = [s.stats for s in (*begun, solution)]
                 made = solution.mean.reshape(x.shape)
                 row = scores(made, x, task)
                 results["run"][label] = {

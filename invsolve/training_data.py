@@ -15,6 +15,7 @@ from invsolve import io
 from invsolve.operators import Greyscale
 from invsolve.planes import PLANES
 from invsolve.priors import AffineMap
+from invsolve.shapes import per_item
 from invsolve.units import hu_to_mu
 
 
@@ -74,6 +75,8 @@ class Data(Section):
     """They are scaled down by up to so much, evenly in its logarithm."""
     grey: float = Field(default=0.0, ge=0, le=1)
     """The part of them that is shown without its colours."""
+    fade: float = Field(default=0.0, ge=0, le=1)
+    """The part of them that is shown with less contrast: see `faded`."""
     flip: bool = True
     """Random left–right mirroring."""
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
@@ -91,8 +94,9 @@ class Data(Section):
             raise ValueError("crop, unit and dims are for slices: leave them out")
         if self.window and (self.photo_crops or self.window[0] >= self.window[1]):
             raise ValueError("window is [low, high], of slices")
-        if self.grey and not self.photo_crops:
-            raise ValueError("grey is for photographs: set photo_crops")
+        for name in ("grey", "fade"):
+            if getattr(self, name) and not self.photo_crops:
+                raise ValueError(f"{name} is for photographs: set photo_crops")
         if self.labels and (self.photo_crops or self.dims == 3):
             raise ValueError("labels are of slices: leave photo_crops and dims out")
         if self.plane != "axial" and (
@@ -106,6 +110,9 @@ class Data(Section):
 
 FOREGROUND = 0.25
 """What is above it in the prior's range is not background."""
+
+FAINTEST = 0.03
+"""The least contrast of a faded image, of its own."""
 
 
 class Images(NamedTuple):
@@ -274,7 +281,7 @@ def draw(
     crop: int,
     generator: Generator,
 ) -> Drawn:
-    """A batch of n images at random, each mirrored, shifted or turned grey at random.
+    """A batch of n images at random, each mirrored, shifted, grey or faded at random.
 
     Args:
         images: what `load` gave.
@@ -292,6 +299,8 @@ def draw(
     if data.grey:
         grey = torch.rand(n, generator=generator) < data.grey
         x[grey] = Greyscale()(x[grey]).expand_as(x[grey])
+    if data.fade:
+        x = faded(x, data.fade, generator)
     if crop:
         corners = torch.stack([_corner(image, crop, generator) for image in x])
         x = _windows(x, corners, [crop] * len(sides))
@@ -301,6 +310,25 @@ def draw(
         moved = torch.randint(most, (n, len(sides)), generator=generator)
         x = _windows(padded, moved, sides)
     return Drawn(x, corners, index)
+
+
+def faded(
+    x: Float[Tensor, "n channels *space"], part: float, generator: Generator
+) -> Float[Tensor, "n channels *space"]:
+    """Some of the images with less contrast: x̄ + u (x − x̄), x̄ each channel's mean.
+
+    Squares of photographs are seldom nearly flat, so that a network that saw few such
+    draws them towards textures. Fading makes the same scene's fog or poor light.
+
+    Args:
+        x: the images.
+        part: the probability of each to be one of them.
+        generator: of which they are, and of u, even in its logarithm from `FAINTEST` to 1.
+    """
+    chosen = torch.rand(len(x), generator=generator) < part
+    u = FAINTEST ** (chosen * torch.rand(len(x), generator=generator))
+    mean = x.mean(tuple(range(2, x.ndim)), keepdim=True)
+    return mean.lerp(x, per_item(u, x))
 
 
 def _windows(x: Tensor, corners: Tensor, sides: Sequence[int]) -> Tensor:

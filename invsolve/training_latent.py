@@ -22,7 +22,7 @@ from invsolve.priors.latent import AutoencoderConfig, KLAutoencoder, latent_card
 from invsolve.priors.weights import sha256
 from invsolve.random import randn_like
 from invsolve.training import TrainConfig, held_out, matching, noised, samples, shown
-from invsolve.training_data import draw, load
+from invsolve.training_data import Data, draw, faded, load
 from invsolve.training_loop import (
     Batch,
     Optimisation,
@@ -118,7 +118,9 @@ def train_latent(
     )
     if not done:
         return None
-    latents = _latents(autoencoder, images, out / "latents.pt", device)
+    latents = _latents(
+        autoencoder, images, config.data, out / "latents.pt", cutting, device
+    )
     shift, scale = latents.mean((0, 2, 3)), 1 / latents.std((0, 2, 3))
     autoencoder.shift.copy_(shift.reshape(-1, 1, 1))
     autoencoder.scale.copy_(scale.reshape(-1, 1, 1))
@@ -190,15 +192,23 @@ def latent_psnr(prior: EDMPrior, val: Tensor) -> list[float]:
     return result
 
 
-def _latents(net: KLAutoencoder, images: Tensor, cache: Path, device: Any) -> Tensor:
-    """μ(x) of every image and of its mirror image, before shift and scale."""
+def _latents(
+    net: KLAutoencoder,
+    images: Tensor,
+    data: Data,
+    cache: Path,
+    generator: Generator,
+    device: torch.device,
+) -> Tensor:
+    """μ(x) of every image and of its mirror image, some faded, before shift and scale."""
     if cache.exists():
         return torch.load(cache, weights_only=True).float()
     parts = []
     with torch.no_grad():
         for x in images.split(32):
-            x = x.float().to(device)
-            parts += [net.encode(v).half().cpu() for v in (x, x.flip(-1))]
+            for v in (x.float(), x.float().flip(-1)):
+                shown = faded(v, data.fade, generator) if data.fade else v
+                parts.append(net.encode(shown.to(device)).half().cpu())
     latents = torch.cat(parts)
     io.replace(cache, lambda path: torch.save(latents, path))
     return latents.float()

@@ -21,7 +21,7 @@ from invsolve.io import Image
 from invsolve.priors import Affine, EDMPrior, GaussianPrior
 from invsolve.priors.parameterisation import Predicts, preconditioning
 from invsolve.training import TrainConfig, matching, noised, samples, shown, train
-from invsolve.training_data import Data, draw, load
+from invsolve.training_data import Data, draw, faded, load
 from invsolve.training_loop import Optimisation, Plan, warm_ema
 from invsolve.units import MU_WATER
 
@@ -365,6 +365,31 @@ def test_scaling_down_is_averaging(tmp_path: Path) -> None:
     assert even.any() and not even.all()
 
 
+def test_faded_squares_keep_their_colours(tmp_path: Path, generator: Generator) -> None:
+    """x̄ + u (x − x̄): a part of them, ln u evenly from ln 0.03 to 0, the rest as it was."""
+    x = torch.randn(4000, 2, 3, 3, generator=generator)
+    shown = faded(x, 0.25, generator)
+    mean = x.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(shown.mean((2, 3), keepdim=True), mean)
+    u = (shown - mean).flatten(1).std(1) / (x - mean).flatten(1).std(1)
+    torch.testing.assert_close(
+        shown, mean + u[:, None, None, None] * (x - mean), rtol=1e-4, atol=1e-5
+    )
+    below = u[u < 0.999]
+    assert abs(len(below) / len(x) - 0.25) < 4 * (0.25 * 0.75 / len(x)) ** 0.5
+    place = below.log() / math.log(0.03)
+    assert 0 <= place.min() < 0.01 and 0.99 < place.max() <= 1.0001
+    assert abs(float(place.mean()) - 0.5) < 4 / (12 * len(below)) ** 0.5
+    photo(tmp_path / "a.png", 16, 30)
+    data = photographs(tmp_path)
+    images = read(tmp_path, data)
+    plain, half = (
+        draw(images, options, 50, 0, Generator().manual_seed(1)).x.flatten(1).std(1)
+        for options in (data, photographs(tmp_path, fade=1.0))
+    )
+    assert (half[plain > 0] < plain[plain > 0]).all()
+
+
 def test_photographs_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
     data = photographs(tmp_path)
     with pytest.raises(ValueError, match="no file matches"):
@@ -388,7 +413,8 @@ def test_photographs_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
     [
         ({"photo_crops": 2, "crop": 8}, "are for slices"),
         ({"photo_crops": 2, "unit": "HU"}, "are for slices"),
-        ({"grey": 0.5}, "set photo_crops"),
+        ({"grey": 0.5}, "grey is for photographs: set photo_crops"),
+        ({"fade": 0.5}, "fade is for photographs: set photo_crops"),
     ],
 )
 def test_options_of_the_other_kind_are_refused(

@@ -124,6 +124,26 @@ def test_what_a_run_leaves(photos: Path, generator: Generator) -> None:
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.01, rtol=0)
 
 
+def test_latents_of_faded_squares(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each square and its mirror image may be faded: here to one picture, all of them."""
+    parts = []
+
+    def to_grey(x: Tensor, part: float, generator: Generator) -> Tensor:
+        parts.append(part)
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr("invsolve.training_latent.faded", to_grey)
+    given = config(photos, encoding={"images": 4, "batch": 4, "bf16": False})
+    data = given.data.model_copy(update={"fade": 0.3})
+    given = given.model_copy(update={"data": data})
+    train_latent(given, photos / "out", seed=0)
+    kept = torch.load(photos / "out" / "latents.pt", weights_only=True).float()
+    assert len(kept) == 2 * 48 and set(parts) == {0.3}
+    assert torch.equal(kept, kept[:1].expand_as(kept))
+
+
 def test_the_network_must_take_the_latents(photos: Path) -> None:
     bad = config(photos, network={"channels": 3, "widths": [8, 8], "patch": 1})
     with pytest.raises(ValueError, match=r"set network\.channels = 4"):
