@@ -477,8 +477,11 @@ def solve(
         typer.Option("--set", metavar="KEY=VALUE", help="A sampler's option; repeat."),
     ] = None,
     init: Annotated[
-        Path | None,
-        typer.Option(help="An image to begin with, such as another run's mean.nii.gz."),
+        list[Path] | None,
+        typer.Option(
+            help="An image to begin with, such as another run's mean.nii.gz; repeat for "
+            "the mean of several."
+        ),
     ] = None,
     truth: Annotated[
         Path | None, typer.Option(help="The true image, to compare with.")
@@ -606,7 +609,7 @@ def solve(
         raise ValueError(f"cannot solve {measurements}: {error}") from error
     is_ct = m.operator["name"] in TOMOGRAPHY
     options = _options(sampler, method, set_ or [], steps, tuned=is_ct and not whole)
-    if init is not None:
+    if init:
         begin = _begin(init, m, sampler, method)
         options["init"] = begin.movedim(0, 1)[None] if whole else begin
     loaded = None
@@ -651,10 +654,10 @@ def solve(
         if beside is not None:
             loaded = priors.TwoPlanes(loaded, parts[1][0], drawn=True)
         asked = [part for _, of_slices in parts for part in of_slices]
-        if init is not None:
+        if init:
             options["init"] = shard.cut(options["init"])
         problem, there = _as_volume(
-            problem, loaded, asked, where, shard, begun=init is not None
+            problem, loaded, asked, where, shard, begun=bool(init)
         )
     mine: dict[str, Any] = {}
     if shard.count > 1:
@@ -696,8 +699,9 @@ def solve(
         as_slices = solution.samples.movedim(2, 1)
         solution = dataclasses.replace(solution, samples=as_slices)
     options = told(options)
-    if init is not None:
-        options["init"] = f"{init.name}, sha256 {sha256(init)}"
+    if init:
+        files = [f"{path.name}, sha256 {sha256(path)}" for path in init]
+        options["init"] = " and ".join(files)
     result = Result.of(sampler, solution, m.unit, true, options, colour=colour)
     simulated = bool(m.note.get("simulated", False))
     source = {"file": measurements.name, "sha256": sha256(measurements)}
@@ -1559,9 +1563,12 @@ def _read_slices(path: Path, m: io.Measurements, what: str = "truth") -> Tensor:
 
 
 def _begin(
-    path: Path, m: io.Measurements, name: str, sampler: Callable[..., Tensor]
+    paths: Sequence[Path],
+    m: io.Measurements,
+    name: str,
+    sampler: Callable[..., Tensor],
 ) -> Tensor:
-    """The image that a sampler begins with, as it is solved for."""
+    """The image that a sampler begins with, or the mean of several, as it is solved for."""
     if "init" not in inspect.signature(sampler).parameters:
         able = [
             k for k, f in SAMPLERS.items() if "init" in inspect.signature(f).parameters
@@ -1569,7 +1576,7 @@ def _begin(
         raise ValueError(
             f"{name} takes no --init: choose from {', '.join(able)}, or leave it out"
         )
-    values = _read_slices(path, m, "image")
+    values = torch.stack([_read_slices(path, m, "image") for path in paths]).mean(0)
     if m.unit == "1/mm":
         values = hu_to_mu(values)
     return values[None] if _has_colours(m) else values[:, None]

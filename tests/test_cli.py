@@ -132,20 +132,27 @@ def test_simulate_and_solve(measured, phantom, prior, tmp_path, capsys):
     assert len(record["input"]["sha256"]) == 64 and record["versions"]["torch"]
 
 
-def test_it_begins_with_another_run_s_image(measured, prior, tmp_path):
-    """RED-diff with steps of no length stays where it began."""
-    first, then = tmp_path / "first", tmp_path / "then"
-    run("solve", measured, "-o", first, "--sampler", "tv", "--set", "lam=30")
-    begin = first / "mean.nii.gz"
-    run(
-        *("solve", measured, "-o", then, "--prior", prior, "--sampler", "reddiff"),
-        *("--steps", 2, "--set", "lr=0", "--set", "optimizer=sgd", "--samples", 1),
-        *("--init", begin),
-    )
-    made, expected = (io.read(f / "mean.nii.gz").values for f in (then, first))
-    torch.testing.assert_close(made, expected, atol=0.1, rtol=1e-5)
-    record = json.loads((then / "result.json").read_text())
-    assert "mean.nii.gz, sha256 " in record["settings"]["options"]["init"]
+def test_it_begins_with_other_runs_images(measured, prior, tmp_path):
+    """RED-diff with steps of no length stays where it began: at one's, or two's mean."""
+    begin = []
+    for lam in (30, 300):
+        out = tmp_path / f"{lam}"
+        run("solve", measured, "-o", out, "--sampler", "tv", "--set", f"lam={lam}")
+        begin.append(out / "mean.nii.gz")
+    images = torch.stack([io.read(path).values for path in begin])
+    for count, expected in ((1, images[0]), (2, images.mean(0))):
+        then = tmp_path / f"from {count}"
+        run(
+            *("solve", measured, "-o", then, "--prior", prior, "--sampler", "reddiff"),
+            *("--steps", 2, "--set", "lr=0", "--set", "optimizer=sgd", "--samples", 1),
+            *(word for path in begin[:count] for word in ("--init", path)),
+        )
+        made = io.read(then / "mean.nii.gz").values
+        torch.testing.assert_close(made, expected, atol=0.1, rtol=1e-5)
+        record = json.loads((then / "result.json").read_text())
+        told = record["settings"]["options"]["init"]
+        assert told.count("mean.nii.gz, sha256 ") == count
+    assert (images[0] - images[1]).abs().max() > 10
 
 
 def test_the_same_seed_gives_the_same(measured, phantom, prior, tmp_path):
