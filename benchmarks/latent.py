@@ -83,6 +83,8 @@ class Method:
     """Of so many steps; 0 for the same, and for all the images."""
     begun: str = ""
     """The method whose images it begins with, with its own options."""
+    squares: int = 2
+    """On how many other squares its number is searched: the fast ones' on more."""
 
 
 def lam(value: float) -> dict[str, float]:
@@ -107,8 +109,13 @@ NEAR: Mapping[str, Any] = {
     "normalize": "bayes",
     "antithetic": True,
 }
+FROM_TV: Mapping[str, Any] = {
+    "values": (0.1, 0.3, 1.0),
+    "begun": "total variation",
+    "squares": 8,
+}
 METHODS: Mapping[str, Method] = {
-    "total variation": Method(tv, 200, lam),
+    "total variation": Method(tv, 200, lam, squares=8),
     "STSL, K = 2": Method(stsl, 50, lam, fixed={"averages": 2}),
     "STSL, K = 2, no trace": Method(stsl, 50, lam, fixed={**FIRST, "averages": 2}),
     "STSL, K = 2, no trace, squared": Method(
@@ -124,10 +131,10 @@ METHODS: Mapping[str, Method] = {
     "ReSample": Method(resample, 100, lam, (3.0, 10.0, 30.0)),
     "LDPS, 100": Method(ldps, 100, zeta),
     "RED-diff, from TV": Method(
-        reddiff, 50, lam, (0.1, 0.3, 1.0), {**NEAR, "lr": 0.03}, begun="total variation"
+        reddiff, 50, lam, **FROM_TV, fixed={**NEAR, "lr": 0.03}
     ),
     "RED-diff, from TV, short steps": Method(
-        reddiff, 50, lam, (0.1, 0.3, 1.0), {**NEAR, "lr": 0.01}, begun="total variation"
+        reddiff, 50, lam, **FROM_TV, fixed={**NEAR, "lr": 0.01}
     ),
     "STSL, K = 5, no trace": Method(stsl, 50, lam, fixed=FIRST),
     "LDPS, 1000": Method(ldps, 1000, zeta, tuned_at=100),
@@ -225,14 +232,13 @@ def tried(
 def run(args: argparse.Namespace) -> None:
     """Make what is not there yet."""
     found: dict[str, Any] = read(args.results)
-    sizes = {"images": args.images, "few": args.few, "tune": args.tune}
+    sizes = {"images": args.images, "few": args.few}
     if any(found.get(k, n) != n for k, n in sizes.items()):
         raise SystemExit(
             f"{args.results} is of other sizes: delete it, or give its own"
         )
     prior = latent_prior()
     test = photos(args.data, "test", args.images)
-    tune = photos(args.data, "tune", args.tune)
     now = weights()
     if now not in found.setdefault("coded", {}):
         with torch.no_grad():
@@ -244,10 +250,12 @@ def run(args: argparse.Namespace) -> None:
     for label, name in tqdm(pairs, desc="latent samplers"):
         rows, method = found.setdefault(name, {}), METHODS[label]
         asked = "" if method.sampler is tv else now
-        if rows.get(label, {}).get("weights") == asked:
+        there = rows.get(label, {"weights": None})
+        if there["weights"] == asked and there["squares"] == method.squares:
             continue
-        if label in rows:
+        if there["weights"] not in (None, asked):
             rows[label + BEFORE] = rows.pop(label)
+        tune = photos(args.data, "tune", method.squares)
         begun = beginning(name, method, rows, prior, tune)
         trials = tried(name, method, prior, tune, begun)
         best = method.options(max(trials, key=lambda v: trials[v]))
@@ -265,6 +273,7 @@ def run(args: argparse.Namespace) -> None:
             "seconds": stats.seconds / n,
             "options": best,
             "trials": {str(k): v for k, v in trials.items()},
+            "squares": method.squares,
             "date": today(),
             "machine": machine(),
             "weights": asked,
@@ -359,14 +368,14 @@ def docs(args: argparse.Namespace) -> None:
         "",
         f"PSNR in dB; mean scores of {n} squares, and of the first {few} of them, to which "
         "the methods of 1000 steps were put alone; one draw each. STSL has 50 levels. "
-        "Options were searched by factors of three on "
-        f"{found['tune']} other squares (those of 1000 steps with 100). Passes of the "
+        f"Options were searched by factors of three on {searched()}, those of methods of "
+        "1000 steps with 100. Passes of the "
         "latent network and seconds are for one image, network and autoencoder in bf16, "
         "on a machine that did other work as well, which has no bf16 if it is AMD's; "
         "what *from TV* begins with is not counted; "
         f"{made(found)}, seed 0. Made by "
-        f"`python benchmarks/latent.py run --images {n} --few {few} --tune "
-        f"{found['tune']}`. ¹ With the weights before these.",
+        f"`python benchmarks/latent.py run --images {n} --few {few}`. ¹ With the weights "
+        "before these.",
     ]
     lines += beside(found)
     if "fit" in found:
@@ -379,6 +388,13 @@ def docs(args: argparse.Namespace) -> None:
             cells = [f"{row[k]:.2f}" if k in row else "–" for k in names]
             lines.append(f"| {task} | {' | '.join(cells)} |")
     put(args.docs, "\n".join(lines), BEGIN, END)
+
+
+def searched() -> str:
+    """On how many squares, in words."""
+    least = min(method.squares for method in METHODS.values())
+    more = [f"{k} on {m.squares}" for k, m in METHODS.items() if m.squares > least]
+    return f"{least} other squares ({', '.join(more)})"
 
 
 def beside(found: Mapping[str, Any]) -> list[str]:
@@ -420,7 +436,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--few", type=int, default=8)
-    parser.add_argument("--tune", type=int, default=2)
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=list(METHODS)
     )
