@@ -18,7 +18,9 @@ from invsolve import (
     samplers,
     solve,
 )
-from invsolve.cli import NOISES, OPERATORS, SAMPLERS, main
+from invsolve.cli import main
+from invsolve.cli.measured import NOISES, OPERATORS
+from invsolve.cli.samplers import SAMPLERS
 from invsolve.priors import AffineMap, UNet, UNetConfig
 from invsolve.priors.weights import card_of
 from invsolve.units import MU_WATER, hu_to_mu, mu_to_hu
@@ -447,7 +449,7 @@ def test_a_slice_among_its_neighbours_and_two_priors_of_a_volume(
 def test_a_volume_that_does_not_fit_is_refused(
     refused, measured, prior, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("invsolve.cli.free_memory", lambda device: 1000)
+    monkeypatch.setattr("invsolve.cli.stacks.free_memory", lambda device: 1000)
     words = ["solve", measured, "-o", tmp_path / "out", "--prior", prior]
     message = refused(*words, "--sampler", "dds3d")
     assert "solve for fewer slices at a time" in message
@@ -778,19 +780,19 @@ def test_a_fault_while_writing_leaves_nothing(refused, measured, tmp_path, monke
     def fail(*args):
         raise OSError(28, "No space left on device", "report.html")
 
-    monkeypatch.setattr("invsolve.cli.save_page", fail)
+    monkeypatch.setattr("invsolve.cli.files.save_page", fail)
     words = ("solve", measured, "-o", tmp_path / "out", "--sampler", "fbp")
     assert "report.html: No space left" in refused(*words)
 
 
 def test_a_missing_extra_is_named(refused, measured, tmp_path, monkeypatch):
-    monkeypatch.setattr("invsolve.cli.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     words = ("solve", measured, "-o", tmp_path / "out", "--sampler", "fbp")
     assert "pip install 'invsolve[io]'" in refused(*words)
 
 
 def test_a_fault_of_the_program_is_told_apart(refused, monkeypatch):
-    monkeypatch.setattr("invsolve.cli.priors.available", lambda: 1 / 0)
+    monkeypatch.setattr("invsolve.priors.available", lambda: 1 / 0)
     assert "ZeroDivisionError" in refused("priors", code=1)
     with pytest.raises(ZeroDivisionError):
         main(["priors", "--debug"])
@@ -808,7 +810,7 @@ def test_the_doctor_never_fails(capsys, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("broken\ndriver")
 
-    monkeypatch.setattr("invsolve.cli.subprocess.run", fail)
+    monkeypatch.setattr("invsolve.cli.doctor.subprocess.run", fail)
     monkeypatch.setattr("torch.cuda.is_available", fail)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from invsolve.cli import SAMPLERS
+from invsolve.cli.samplers import SAMPLERS
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
