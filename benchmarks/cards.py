@@ -29,6 +29,7 @@ CARDS = HOME / "docs" / "cards"
 QUALITY = Path(__file__).parent / "results" / "quality"
 LATENT = QUALITY.parent / "latent.json"
 VOLUMES = QUALITY.parent / "volumes.json"
+JOINT = QUALITY.parent / "joint.json"
 BEGIN, END = "<!-- cards: begin -->", "<!-- cards: end -->"
 
 
@@ -99,7 +100,10 @@ def told_apart(card: Mapping[str, Any]) -> str:
 def tasks(name: str) -> str:
     """Of each task: the best of one draw, and of the mean of eight, over TV."""
     if page := PRIORS[name].page:
-        return "; ".join([f"[{page}]({page})", *in_volumes(PRIORS[name].method)])
+        elsewhere = (
+            in_volumes(PRIORS[name].method) if page == "volumes.md" else in_joint()
+        )
+        return "; ".join([f"[{page}]({page})", *elsewhere])
     if not PRIORS[name].tasks:
         return in_latents()
     told = []
@@ -128,8 +132,6 @@ def over(rows: Mapping[str, float], rival: str, words: str) -> list[str]:
 
 def in_volumes(method: str) -> list[str]:
     """Of each task of `volumes.py` how far a method leads TV, the mean over volumes."""
-    if not method:
-        return []
     runs = json.loads(VOLUMES.read_text())["run"].values()
     psnr = {(r["task"], r["volume"], r["method"]): r["volume PSNR"] for r in runs}
     leads: dict[str, list[float]] = {}
@@ -139,6 +141,14 @@ def in_volumes(method: str) -> list[str]:
             leads.setdefault(VOLUME_TASKS[task].title, []).append(gap)
     name = methods(1)[method].name
     return [f"{title} {sum(g) / len(g):+.2f} ({name})" for title, g in leads.items()]
+
+
+def in_joint() -> list[str]:
+    """How far the images of the prior of images and labels lead TV's, in `joint.py`."""
+    rows = json.loads(JOINT.read_text())["rows"] if JOINT.exists() else {}
+    own = {k: r for k, r in rows.items() if k.startswith(("joint", "TV"))}
+    psnr = {k.split(",")[0]: sum(r["psnr"]) / len(r["psnr"]) for k, r in own.items()}
+    return [f"CT, 15 views {text}" for text in over(psnr, "TV", "the image")]
 
 
 def in_latents() -> str:
@@ -181,9 +191,9 @@ def table() -> str:
         "of images of another kind against held-out ones, by likelihood / denoising (1 is "
         "always, 0.5 by chance). Made by `python benchmarks/cards.py` of the cards "
         "(`invsolve priors evaluate`) and of the results of `benchmarks/quality.py`, "
-        "`latent.py` and `volumes.py` (there over ADMM-TV 3D); for x₀, ε and flow `red` "
-        "and `pnp` alone were tuned (and `mmps` for x₀ at inpainting), as for the "
-        "others (`quality.py tune` and `run` with `--prior natural-64-x0 --out "
+        "`latent.py`, `joint.py` and `volumes.py` (there over ADMM-TV 3D); for x₀, ε and "
+        "flow `red` and `pnp` alone were tuned (and `mmps` for x₀ at inpainting), as "
+        "for the others (`quality.py tune` and `run` with `--prior natural-64-x0 --out "
         "benchmarks/results/quality/natural-64-x0`, and so on).",
     ]
     return "\n".join(lines)

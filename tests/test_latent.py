@@ -946,7 +946,7 @@ def test_stsl_sharpens_a_photograph_with_it(bundled: Any) -> None:
         bundled,
         stsl,
         steps=20,
-        lam=30.0,
+        lam=10.0,  # what docs/latent.md's search finds for super-resolution
         averages=2,
         trace="off",
         generator=Generator().manual_seed(0),
