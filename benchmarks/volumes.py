@@ -856,8 +856,12 @@ def by_level(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+SHOWN = ("fbp", "tv", "pnp", "dds3d", "pnp-both", "pnp-mean")
+"""The methods of the picture."""
+
+
 def picture(path: Path, args: argparse.Namespace, task_name: str = "ct-8") -> None:
-    """Three planes of the first volume by every method, in HU."""
+    """Three planes of the first volume by some methods, in HU."""
     task = TASKS[task_name]
     [(first, truth, spacing)] = volumes(task, args.data, "test", 1, args.depth)
     body = (mu_to_hu(truth[0, 0]) > -500).any(0)
@@ -867,13 +871,13 @@ def picture(path: Path, args: argparse.Namespace, task_name: str = "ct-8") -> No
         slice(int(columns[0]), int(columns[-1])),
     )
     shown = {"truth": truth}
-    for key, method in methods(args.steps).items():
+    for key in SHOWN:
         file = KEPT / f"{task_name} {first} {key}.pt"
-        if task_name in method.tasks and not file.exists():
+        if not file.exists():
             print(f"{path} stays as it is: {file} is not there")
             return
-        if task_name in method.tasks:
-            shown[method.name] = torch.load(file, weights_only=True)["x"].float()
+        name = methods(args.steps)[key].name
+        shown[name] = torch.load(file, weights_only=True)["x"].float()
     planes = {name: mu_to_hu(x[0, 0])[:, *cut] for name, x in shown.items()}
     png = planes_figure(planes, spacing, (-160.0, 240.0))
     io.replace(path, lambda p: Path(p).write_bytes(png))
