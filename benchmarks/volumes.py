@@ -214,7 +214,7 @@ def methods(steps: int) -> dict[str, Method]:
             by="both",
         ),
         "pnp-both": Method(
-            "the same, then PnP",
+            "slices and neighbours, then PnP",
             samplers.pnp,
             NEAR,
             {"steps": steps},
@@ -223,7 +223,7 @@ def methods(steps: int) -> dict[str, Method]:
             begun=("both",),
         ),
         "pnp-mean": Method(
-            "the mean of both, then PnP",
+            "the mean of two, then PnP",
             samplers.pnp,
             NEAR,
             {"steps": steps},
