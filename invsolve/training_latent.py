@@ -206,9 +206,9 @@ def _latents(
     parts = []
     with torch.no_grad():
         for x in images.split(32):
-            for v in (x.float(), x.float().flip(-1)):
-                shown = faded(v, data.fade, generator) if data.fade else v
-                parts.append(net.encode(shown.to(device)).half().cpu())
+            for v in (x, x.flip(-1)):
+                v = faded(v.float(), data.fade, generator) if data.fade else v.float()
+                parts.append(net.encode(v.to(device)).half().cpu())
     latents = torch.cat(parts)
     io.replace(cache, lambda path: torch.save(latents, path))
     return latents.float()

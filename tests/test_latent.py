@@ -946,7 +946,7 @@ def test_stsl_sharpens_a_photograph_with_it(bundled: Any) -> None:
         bundled,
         stsl,
         steps=20,
-        lam=10.0,  # what docs/latent.md's search finds for super-resolution
+        lam=10.0,  # what docs/latent.md's search found, with earlier weights
         averages=2,
         trace="off",
         generator=Generator().manual_seed(0),

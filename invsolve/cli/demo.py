@@ -9,10 +9,7 @@ from torch import Generator
 
 from invsolve import demo as demonstration, io
 from invsolve.priors.weights import read_card, sha256
-from invsolve.report import (
-    Report,
-    table,
-)
+from invsolve.report import Report, table
 
 from .facts import measured_facts, progress_bar, record_of, run_facts
 from .files import at_once, check_folder, write_json, write_report

@@ -11,10 +11,7 @@ import torch
 import typer
 
 from invsolve import demo as demonstration, priors
-from invsolve.report import (
-    machine,
-    versions,
-)
+from invsolve.report import machine, versions
 
 EXAMPLE = "Example: invsolve doctor"
 

@@ -11,15 +11,9 @@ import torch
 from invsolve import operators as ops
 from invsolve.priors.weights import sha256
 from invsolve.problem import InverseProblem
-from invsolve.report import (
-    Report,
-    Result,
-    machine,
-    versions,
-)
+from invsolve.report import Report, Result, machine, versions
 
-FACTOR = 3
-"""How many times finer the grid is on which CT is measured."""
+from .measured import FACTOR
 
 
 @contextmanager

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from invsolve import io
 from invsolve.priors.weights import sha256
-from invsolve.report import (
-    Report,
-    save_figure,
-    save_page,
-    shown_unit,
-)
+from invsolve.report import Report, save_figure, save_page, shown_unit
 
 OUTPUTS = (
     "mean.nii.gz",
@@ -108,8 +103,3 @@ def sha256_of(path: Path) -> str:
         return sha256(path)
     files = sorted(file for file in path.iterdir() if file.is_file())
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-
-
-def data_home(config: Path) -> Path:
-    """What the paths in a configuration are relative to."""
-    return Path(os.environ.get("INVSOLVE_DATA") or config.resolve().parent)

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from invsolve import io
-from invsolve.report import (
-    shown,
-    shown_unit,
-)
+from invsolve.report import shown, shown_unit
 from invsolve.units import hu_to_mu
 
 from .measured import has_colours

@@ -68,8 +68,10 @@ OPERATORS: Mapping[str, Callable[..., LinearOperator]] = {
     "mri": _mri,
 }
 
-
 TOMOGRAPHY = ("ct", "fan")
+
+FACTOR = 3
+"""How many times finer the grid is on which CT is measured."""
 
 
 def describe(

@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -11,22 +13,18 @@ import typer
 
 Seed = Annotated[int, typer.Option(min=0, help="Of every random number.")]
 
-
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")
 ]
-
 
 PriorName = Annotated[
     str, typer.Option("--prior", help="A name, or the path of a card, file or folder.")
 ]
 
-
 UnitName = Annotated[
     str | None,
     typer.Option("--unit", help="Of the image's values: HU, 1/mm or none."),
 ]
-
 
 CONTEXT: Mapping[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -70,3 +68,8 @@ def choices(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"choose from {', '.join(names)}{hint}"
+
+
+def data_home(config: Path) -> Path:
+    """What the paths in a configuration are relative to."""
+    return Path(os.environ.get("INVSOLVE_DATA") or config.resolve().parent)

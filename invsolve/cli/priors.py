@@ -11,8 +11,8 @@ from torch import Generator
 from invsolve import priors
 from invsolve.priors.weights import read_card, sha256
 
-from .files import check_writable, data_home, write_json
-from .options import CONTEXT, Seed
+from .files import check_writable, write_json
+from .options import CONTEXT, Seed, data_home
 
 
 class _Group(typer.core.TyperGroup):

@@ -48,7 +48,6 @@ SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "fbp": samplers.fbp,
 }
 
-
 SOLVERS: Mapping[str, Solver] = {
     "ddim": DDIM(),
     "ancestral": DDIM(1.0),

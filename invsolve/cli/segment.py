@@ -9,10 +9,7 @@ import typer
 from torch import Generator, Tensor
 
 from invsolve import io
-from invsolve.report import (
-    machine,
-    versions,
-)
+from invsolve.report import machine, versions
 from invsolve.speed import Precision
 
 from .facts import progress_bar, run_facts

@@ -12,10 +12,11 @@ from invsolve import demo as demonstration, io, operators as ops
 from invsolve.priors.weights import sha256
 from invsolve.simulate import measure
 
-from .facts import FACTOR, progress_bar
+from .facts import progress_bar
 from .files import check_writable
 from .images import chosen_range, read_image, to_solve
 from .measured import (
+    FACTOR,
     OPERATORS,
     TOMOGRAPHY,
     build_noise,

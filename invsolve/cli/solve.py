@@ -16,14 +16,7 @@ from invsolve import demo as demonstration, io, priors
 from invsolve.preview import Preview
 from invsolve.priors.weights import read_card, sha256
 from invsolve.problem import InverseProblem
-from invsolve.report import (
-    Report,
-    Result,
-    shown,
-    shown_unit,
-    table,
-    told,
-)
+from invsolve.report import Report, Result, shown, shown_unit, table, told
 from invsolve.samplers.ztv import MRI, SPARSE_VIEW
 from invsolve.shards import Shard
 from invsolve.solve import solve as run_solve

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .files import check_writable, data_home
-from .options import Device, Seed, device_of
+from .files import check_writable
+from .options import Device, Seed, data_home, device_of
 
 EXAMPLE = "Example: invsolve train configs/ct-headneck-128.toml --out prior"
 
