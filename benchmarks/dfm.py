@@ -57,7 +57,7 @@ RANGE = {"ct": 2 * MU_WATER, "mr": 1.0}
 NONE = {"ct": "FBP", "mr": "zero-filled"}
 LAMS = {
     "ct": [k / MU_WATER for k in (0.5, 1.0, 2.0, 4.0, 8.0)],
-    "mr": [0.003, 0.01, 0.03, 0.1, 0.3],
+    "mr": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
 }
 
 

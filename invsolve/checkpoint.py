@@ -1,6 +1,7 @@
 """Long solves that can be cut at any moment: what is done, and of which run it is."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -126,6 +127,8 @@ def _feed(state: Any, value: object) -> None:
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
             for field in dataclasses.fields(value):
                 _feed(state, getattr(value, field.name))
+        case functools.partial():
+            _feed(state, (value.func, value.args, value.keywords))
         case _ if callable(value) and hasattr(value, "__qualname__"):
             state.update(value.__qualname__.encode())
         case _:

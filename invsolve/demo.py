@@ -1,8 +1,8 @@
-"""The main job on real data: low-dose, sparse-view CT by five methods."""
+"""The main job on real data: low-dose, sparse-view CT by six methods."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from .problem import InverseProblem
 from .report import Result, told
 from .samplers.reddiff import PRESETS
 from .simulate import measure
-from .solve import solve
+from .solve import Solution, solve
 from .units import MU_WATER, hu_to_mu
 
 PRIOR = "ct-headneck-128"
@@ -63,21 +63,30 @@ class Method:
 
 TV: Mapping[str, Any] = {"lam": 2.8 / MU_WATER, "steps": 200, "nonnegative": True}
 
+PNP: Mapping[str, Any] = {
+    "steps": 20,
+    "sigma_range": (0.01, 0.1),
+    "lam": 0.2,
+    "cg_steps": 15,
+}
+FROM_TV = partial(samplers.tv, **TV)
+
 METHODS = (
     Method("FBP", samplers.fbp, {"window": "shepp-logan"}),
     Method("TV", samplers.tv, TV),
+    Method("PnP from TV", samplers.pnp, {**PNP, "init": FROM_TV}),
+    Method("RED-diff", samplers.reddiff, PRESETS["ct"], samples=4),
     Method(
-        "PnP from TV",
-        samplers.pnp,
+        "mean of both",
+        samplers.ensemble,
         {
-            "init": partial(samplers.tv, **TV),
-            "steps": 20,
-            "sigma_range": (0.01, 0.1),
-            "lam": 0.2,
-            "cg_steps": 15,
+            "methods": (
+                partial(samplers.pnp, **PNP),
+                partial(samplers.reddiff, **PRESETS["ct"]),
+            ),
+            "init": FROM_TV,
         },
     ),
-    Method("RED-diff", samplers.reddiff, PRESETS["ct"], samples=4),
     Method(
         "DDS",
         samplers.dds,
@@ -94,17 +103,21 @@ Tuned by ``benchmarks/tune_ct.py`` on patients that no table reports.
 def quick() -> tuple[Method, ...]:
     """The same methods with a third of the steps and two samples: to see it work."""
     return tuple(
-        Method(
-            method.name,
-            method.sampler,
-            {
-                k: max(1, v // 3) if k == "steps" else v
-                for k, v in method.options.items()
-            },
-            min(2, method.samples),
-        )
-        for method in METHODS
+        Method(m.name, m.sampler, _fewer(m.options), min(2, m.samples)) for m in METHODS
     )
+
+
+def _fewer(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A third of the steps, of methods within and before a method, too."""
+
+    def less(key: str, value: Any) -> Any:
+        if isinstance(value, partial):
+            return partial(value.func, **_fewer(value.keywords))
+        if key == "methods":
+            return tuple(less("", method) for method in value)
+        return max(1, value // 3) if key == "steps" else value
+
+    return {key: less(key, value) for key, value in options.items()}
 
 
 def bundled(name: str) -> Path:
@@ -178,8 +191,13 @@ def compare(
     asked = Equivariant(prior) if equivariant else prior
     # Less than vacuum, as some scanners mark what they did not see, is vacuum here.
     truth = image.values.clamp_min(-1000)
-    results = []
+    results: list[Result] = []
+    solved: list[tuple[Method, Solution]] = []
     for method in methods:
+        options = dict(method.options)
+        first = _begun(options.get("init"), solved)
+        if first is not None:
+            options["init"] = first.mean
         with bar(method.name, method.samples * len(x)) as progress:
             solution = solve(
                 problem,
@@ -189,12 +207,25 @@ def compare(
                 generator=generator,
                 device=device,
                 progress=progress,
-                **method.options,
+                **options,
             )
+        if first is not None:
+            solution = replace(solution, stats=solution.stats + first.stats)
+        solved.append((method, solution))
         results.append(
             Result.of(method.name, solution, "1/mm", truth, told(method.options))
         )
     return Comparison(truth, results, problem)
+
+
+def _begun(init: object, solved: Iterable[tuple[Method, Solution]]) -> Solution | None:
+    """What a method begins with, where another one has made it already."""
+    if not isinstance(init, partial):
+        return None
+    for method, solution in solved:
+        if (method.sampler, dict(method.options)) == (init.func, init.keywords):
+            return solution
+    return None
 
 
 def even_angles(views: int) -> Tensor:

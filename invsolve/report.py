@@ -130,6 +130,8 @@ def told(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(method: Any) -> Any:
+    if isinstance(method, tuple) and any(callable(v) for v in method):
+        return ", ".join(str(_named(v)) for v in method)
     if isinstance(method, partial):
         given = ", ".join(f"{k}={_brief(v)}" for k, v in method.keywords.items())
         return f"{method.func.__name__}({given})"

@@ -55,6 +55,12 @@ class Stats:
         """The part of the time that is neither the network's nor the operator's."""
         return 1 - (self.network_seconds + self.operator_seconds) / self.seconds
 
+    def __add__(self, other: "Stats") -> "Stats":
+        """Of one solve after another."""
+        fields = vars(self) | {k: vars(self)[k] + v for k, v in vars(other).items()}
+        peak = max(self.peak_bytes, other.peak_bytes)
+        return Stats(**{**fields, "peak_bytes": peak})
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Generator
+from torch import Generator, Tensor
+from torch.nn.functional import interpolate
 from torch.testing import assert_close
 
 from invsolve.priors import GaussianPrior
@@ -101,3 +102,66 @@ def test_a_failed_call_stops_the_watch(overhead: ModuleType) -> None:
     with pytest.raises(ZeroDivisionError):
         watch.mark("failing", lambda: 1 / 0)()
     assert not watch.busy
+
+
+@pytest.fixture
+def registration(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Of a disc of six tissues in a jumble, instead of a head."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = import_module("registration")
+    at = torch.arange(module.SIDE) - module.SIDE / 2
+    head = ((24 - (at[:, None] ** 2 + at**2).sqrt()) / 2).sigmoid()
+    coarse = 8 * torch.randn(1, 6, 12, 12, generator=Generator().manual_seed(0))
+    jumble = interpolate(coarse, (module.SIDE, module.SIDE), mode="bicubic")[0]
+    parts = torch.cat([1 - head[None], head * jumble.softmax(0)])
+    monkeypatch.setattr(module, "tissues", lambda data: parts)
+    return module
+
+
+def test_fields_pass_through_their_values_and_have_their_spread(
+    registration: ModuleType,
+) -> None:
+    B = registration.basis().reshape(registration.SIDE, registration.SIDE, -1)
+    corner = torch.zeros(registration.CELLS**2)
+    corner[0] = 1
+    assert_close(B[0, 0], corner, rtol=0, atol=1e-5)
+    S = registration.fields(400, Generator().manual_seed(0))
+    assert_close(S[:, :, 0, 0].std().item(), registration.SPREAD, rtol=0.1, atol=0)
+
+
+def test_the_true_field_scores_best_and_none_scores_nothing(
+    registration: ModuleType, tmp_path: Path
+) -> None:
+    test = registration.tests(tmp_path, "tune", 2)
+    right = registration.scores(test.x[None], test, tmp_path)
+    assert (right["error"], right["dice"]) == (0, 1)
+    none = registration.scores(torch.zeros_like(test.x)[None], test, tmp_path)
+    assert none["unseen"] == 0
+    assert none["error"] > 0.5
+    assert right["unseen"] > 60
+    shifts = torch.randn(400, 1, 1, 1, 1, generator=Generator().manual_seed(1))
+    # An interval of 90 % ends at 1.65 standard deviations: it holds 1 and not 2.
+    for by, held in ((1.0, 1.0), (2.0, 0.0)):
+        draws = test.x + by + shifts
+        assert registration.scores(draws, test, tmp_path)["coverage"] == held
+
+
+def test_a_field_of_the_law_is_found_again(
+    registration: ModuleType, tmp_path: Path
+) -> None:
+    """By its law to a tenth of what there was; and no smooth one near it is likelier."""
+    test = registration.tests(tmp_path, "tune", 2)
+    found = registration.with_law(test)
+    none = registration.endpoint(torch.zeros_like(test.x), test, tmp_path)
+    assert registration.endpoint(found, test, tmp_path) < 0.1 * none
+
+    def value(S: Tensor, k: int) -> Tensor:
+        rough = sum((S.diff(dim=d)[k].square().sum() for d in (2, 3)), torch.zeros(()))
+        return registration.misfit(test, S[k : k + 1], k) + 15 * rough
+
+    near = registration.smooth(test, 30.0, lambda test: found)
+    for k in range(2):
+        least = value(near, k)
+        assert least < value(found, k)
+        for other in (0.99 * near, near + 0.01):
+            assert least < value(other, k)

@@ -233,6 +233,29 @@ def test_a_preview_of_a_run(measured, prior, refused, tmp_path):
     assert "leave it out" in message
 
 
+def test_an_ensemble_from_words(measured, prior, tmp_path):
+    """Of CT it is the demo's, and begins with an image if there is one."""
+    base = ("solve", measured, "--prior", prior, "--sampler", "ensemble")
+    options = []
+    first = ("--init", tmp_path / "a" / "mean.nii.gz")
+    for name, more in (("a", ()), ("b", first)):
+        run(*base, "-o", tmp_path / name, *more)
+        record = json.loads((tmp_path / name / "result.json").read_text())
+        options.append(record["settings"]["options"])
+        assert options[-1]["methods"].startswith("pnp(steps=20")
+    assert options[0]["init"].startswith("tv(lam=145")
+    assert "init" not in options[1] or "tv" not in options[1]["init"]
+    a, b = (io.read(tmp_path / n / "mean.nii.gz").values for n in "ab")
+    assert not torch.equal(a, b)
+
+
+def test_what_an_ensemble_is_of_is_not_for_words(refused, measured, prior, tmp_path):
+    wrong = ("--sampler", "ensemble", "--set", "methods=pnp")
+    base = ("solve", measured, "-o", tmp_path / "a", "--prior", prior)
+    message = refused(*base, *wrong)
+    assert "no option 'methods'" in message
+
+
 @pytest.mark.parametrize("sampler", ["dds", "reddiff", "pnp"])
 def test_levels_from_words(measured, prior, tmp_path, sampler):
     """Whether the default is a pair or none, a pair is taken, and says what it does."""
@@ -571,7 +594,7 @@ def test_the_demo(phantom, prior, tmp_path, monkeypatch, capsys):
             demo.Method(
                 m.name,
                 m.sampler,
-                {**m.options, "steps": 3} if m.name != "FBP" else m.options,
+                {**m.options, "steps": 3} if m.name == "DDS" else m.options,
                 min(m.samples, 2),
             )
             for m in demo.METHODS
@@ -584,7 +607,7 @@ def test_the_demo(phantom, prior, tmp_path, monkeypatch, capsys):
     for line, method in zip(lines[1:], demo.METHODS, strict=False):
         assert line.startswith(f"{method.name}  ")
     settings = json.loads((out / "result.json").read_text())["results"][2]["options"]
-    assert settings["init"].startswith("tv(lam=145.1, steps=200")
+    assert settings["init"].startswith("tv(lam=145.1, steps=66")
     names = sorted(file.name for file in out.iterdir())
     assert names == ["report.html", "report.png", "result.json"]
 

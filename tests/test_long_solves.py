@@ -218,6 +218,9 @@ def test_fingerprints_tell_what_matters() -> None:
         lambda: torch.nn.Linear(2, 2, bias=False),
         lambda: samplers.dds,
         lambda: samplers.ddnm,
+        lambda: partial(samplers.ddnm, steps=3),
+        lambda: partial(samplers.ddnm, steps=4),
+        lambda: partial(samplers.dds, steps=3),
     ]
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -36,6 +37,7 @@ from invsolve.samplers import (
     dds,
     diffpir,
     dps,
+    ensemble,
     fbp,
     mmps,
     pigdm,
@@ -434,6 +436,11 @@ WITH_PRIOR = [
     pytest.param(reddiff, {"steps": STEPS}, id="reddiff"),
     pytest.param(reddiff, {"steps": STEPS, "order": "random"}, id="reddiff-random"),
     pytest.param(reddiff, {"steps": STEPS, "sigma_x0": 0.1}, id="reddiff-spread"),
+    pytest.param(
+        ensemble,
+        {"methods": (partial(pnp, steps=1), partial(reddiff, steps=STEPS - 1))},
+        id="ensemble",
+    ),
 ]
 DETERMINISTIC = [
     pytest.param(pnp, {"steps": STEPS}, id="pnp"),
@@ -457,6 +464,7 @@ KINDS = {
     score_sde: "posterior_sample",
     reddiff: "point_estimate",
     pnp: "point_estimate",
+    ensemble: "point_estimate",
     red: "point_estimate",
     fbp: "point_estimate",
     tv: "point_estimate",

@@ -29,7 +29,7 @@ def demo(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Reconstruct low-dose CT of real slices by five methods.
+    """Reconstruct low-dose CT of real slices by six methods.
 
     Simulates the measurements of the bundled slices, solves them, prints how far each
     method is from the truth, and writes report.png, report.html and result.json.
@@ -58,7 +58,7 @@ def demo(
         title="Sparse-view, low-dose CT with a diffusion prior",
         summary=f"{n} axial slice{'s' if n > 1 else ''} of real head-and-neck CT, "
         f"measured by {views} views with {counts:,.0f} photons for each detector "
-        "element, and reconstructed by five methods.",
+        "element, and reconstructed by six methods.",
         results=found.results,
         unit="HU",
         truth=found.truth,

@@ -28,7 +28,8 @@ def progress_bar(
 
         def progress(loop: Iterable) -> Iterator[Any]:
             steps = list(loop)
-            bar.total = passes * len(steps)
+            # A sampler may have several loops, one after another.
+            bar.total = max(passes * len(steps), bar.n + len(steps))
             for step in steps:
                 yield step
                 bar.update()

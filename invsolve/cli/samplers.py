@@ -38,6 +38,7 @@ SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "score_sde": samplers.score_sde,
     "pnp": samplers.pnp,
     "red": samplers.red,
+    "ensemble": samplers.ensemble,
     "stsl": samplers.stsl,
     "psld": samplers.psld,
     "ldps": samplers.ldps,
@@ -99,7 +100,7 @@ def options_of(
 
 def _settable(sampler: Callable[..., Tensor]) -> dict[str, Any]:
     """A sampler's options that words can give: each with a value of its kind."""
-    taken = ("prior", "problem", "generator", "progress", "sigmas", "keep")
+    taken = ("prior", "problem", "generator", "progress", "sigmas", "keep", "methods")
     hints, found = get_type_hints(sampler), {}
     for key, parameter in inspect.signature(sampler).parameters.items():
         kinds = [get_origin(hint) or hint for hint in get_args(hints[key])]

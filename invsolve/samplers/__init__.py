@@ -11,6 +11,7 @@ from .dds3d import dds3d as dds3d
 from .dfm import dfm as dfm
 from .diffpir import diffpir as diffpir
 from .dps import dps as dps
+from .ensemble import ensemble as ensemble
 from .ldps import ldps as ldps
 from .mbir import mbir as mbir
 from .mmps import mmps as mmps
