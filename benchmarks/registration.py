@@ -47,7 +47,7 @@ SIGMA = 0.1
 CELLS, SPREAD = 6, 1.5
 """Of the fields: independent values to a side, and their standard deviation in pixels."""
 EXAMS = 3000
-FIELDS, TUNE, DRAWS, STEPS = 32, 8, 16, 30
+FIELDS, TUNE, DRAWS, STEPS = 16, 8, 16, 30
 ATTACHMENTS = [5, 10, 20, 40, 80]
 LAMS = [3.0, 10.0, 30.0, 100.0, 300.0]
 
@@ -261,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         keep = args.out / "registration.pt"
         old = torch.load(keep, weights_only=True) if keep.exists() else {}
-        torch.save({**old, name: draws[:, ::8].half(), "truth": test.x[::8]}, keep)
+        torch.save({**old, name: draws[:, ::4].half(), "truth": test.x[::4]}, keep)
 
 
 # --- scores

@@ -42,7 +42,8 @@ def ensemble(
     Args:
         problem: any that all members take.
         prior: what they share.
-        methods: K of them, each called with ``(problem, prior, generator=…)``.
+        methods: K of them, each called with ``(problem, prior, generator=…)``; what they
+            are set to is in the prior's range, as a sampler's own options are.
         init: where those begin that take an ``init`` and do not name one themselves.
         generator: of all members, one after another.
         progress: wraps each member's loop in turn.
