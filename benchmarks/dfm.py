@@ -312,6 +312,7 @@ def run(args: argparse.Namespace) -> None:
         torch.save({**old, **pictures, "truth": test.x[::8]}, keep)
         card = read_card(args.prior)[0]
         found |= {
+            "rows": {k: found["rows"][k] for k in todo if k in found["rows"]},
             "images": args.images,
             "exams_seen": card["training"]["exams_seen"],
             "exams": card["training"]["exams"],

@@ -36,11 +36,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(data))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--draws", type=int, default=10, help="for each training head")
+    parser.add_argument("--heads", type=int, help="only the first so many to train on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tissues = read_tissues(args.data / "synthseg" / "t1_intensity_priors.csv")
     for part, draws in (("val", 2), ("train", args.draws)):
-        for number, path in enumerate(tqdm(heads(args.data, part), desc=part)):
+        most = args.heads if part == "train" else None
+        for number, path in enumerate(tqdm(heads(args.data, part)[:most], desc=part)):
             labels = io.read(path)
             for draw in range(draws):
                 out = args.out / part / f"{path.name.split('.')[0]}_{draw:02d}.nii"

@@ -159,7 +159,7 @@ def test_a_field_of_the_law_is_found_again(
         rough = sum((S.diff(dim=d)[k].square().sum() for d in (2, 3)), torch.zeros(()))
         return registration.misfit(test, S[k : k + 1], k) + 15 * rough
 
-    near = registration.smooth(test, 30.0, lambda test: found)
+    near = registration.smooth(test, 30.0, found)
     for k in range(2):
         least = value(near, k)
         assert least < value(found, k)
