@@ -57,7 +57,7 @@ RANGE = {"ct": 2 * MU_WATER, "mr": 1.0}
 NONE = {"ct": "FBP", "mr": "zero-filled"}
 LAMS = {
     "ct": [k / MU_WATER for k in (0.5, 1.0, 2.0, 4.0, 8.0)],
-    "mr": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
+    "mr": [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
 }
 
 
@@ -467,8 +467,9 @@ def picture(args: argparse.Namespace) -> None:
     saved = torch.load(args.out / f"pictures-{args.kind}.pt", weights_only=True)
     truth = saved.pop("truth")
     shown: dict[str, Tensor] = {"truth": truth}
-    for name, draws in saved.items():
-        shown[name] = draws[0].float()
+    for name in read(args.results)[args.kind]["rows"]:
+        if name in saved:
+            shown[name] = saved[name][0].float()
     for name in ("DFM, three targets, closing draw", "supervised sampler (oracle)"):
         if name in saved and len(saved[name]) > 1:
             shown[f"{name}: spread"] = 4 * saved[name].float().std(0)
