@@ -840,8 +840,8 @@ def test_the_doctor_never_fails(capsys, monkeypatch):
 def test_the_names_are_the_documented_ones():
     assert set(SAMPLERS) == {
         *("reddiff", "dds", "diffpir", "dps", "tmpd", "pigdm", "mmps", "ddnm", "daps"),
-        *("ddrm", "score_sde", "pnp", "red", "dds3d", "mbir", "dfm"),
-        *("stsl", "psld", "ldps", "resample"),
+        *("ddrm", "score_sde", "pnp", "red", "ensemble"),
+        *("dds3d", "mbir", "dfm", "stsl", "psld", "ldps", "resample"),
         *("tv", "sirt", "cgls", "fbp"),
     }
     assert set(OPERATORS) == {"ct", "fan", "inpaint", "blur", "superres", "mri"}
