@@ -84,7 +84,8 @@ def options_of(
         if not equals:
             raise ValueError(f"--set {text}: write it as --set KEY=VALUE")
         if key not in known:
-            raise ValueError(f"{name} has no option {key!r}: {choices(key, known)}")
+            instead = choices(key, known) if known else "it has none, leave it out"
+            raise ValueError(f"{name} has no option {key!r}: {instead}")
         if key == "solver":
             options[key] = lookup(SOLVERS, value, "solver")
             continue
