@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ct_headneck import machine, put
+from ct_headneck import machine
+from dfm import Choice, between, held
 from make_exams import HELD_OUT
 from quality import read
 from torch import Generator, Tensor
@@ -65,6 +66,7 @@ def labels(data: Path) -> Tensor:
     return io.read(path).values[SLICE].long()
 
 
+@cache
 def tissues(data: Path) -> Tensor:
     """The part of each pixel that each tissue class fills, (classes, 64, 64)."""
     table = read_tissues(data / "synthseg" / "t1_intensity_priors.csv")
@@ -205,21 +207,13 @@ def run(args: argparse.Namespace) -> None:
     )
     prior = iv.priors.load(args.prior)
 
-    aside: list[float] = []
+    choice = Choice(found["chosen"])
 
     def chosen(name: str, grid: list[Any], make: Callable[..., Tensor]) -> Any:
-        """The value of the smallest error on other fields; it is not timed."""
-        if name not in found["chosen"]:
-            clock = time.process_time()
-            errors = [float(endpoint(make(tune, v), tune, args.data)) for v in grid]
-            best = min(range(len(grid)), key=errors.__getitem__)
-            found["chosen"][name] = {
-                "value": grid[best],
-                "grid": grid,
-                "errors": errors,
-            }
-            aside.append(time.process_time() - clock)
-        return found["chosen"][name]["value"]
+        """The value of the smallest error on other fields."""
+        return choice(
+            name, grid, lambda v: -float(endpoint(make(tune, v), tune, args.data))
+        )
 
     def by_flow(test: Test) -> Tensor:
         make = partial(flow, data=args.data)
@@ -257,11 +251,10 @@ def run(args: argparse.Namespace) -> None:
     for name, make in tqdm(methods.items(), desc="registration"):
         if name in found["rows"]:
             continue
-        clock = time.process_time()
-        aside.clear()
+        clock, aside = time.process_time(), choice.seconds
         with torch.no_grad():
             draws = make()
-        spent = time.process_time() - clock - sum(aside)
+        spent = time.process_time() - clock - (choice.seconds - aside)
         seconds = spent / (len(draws) * FIELDS)
         found["rows"][name] = {**scores(draws, test, args.data), "seconds": seconds}
         found |= {
@@ -318,13 +311,8 @@ def scores(draws: Tensor, test: Test, data: Path) -> dict[str, float]:
         "unseen": float(10 * (most / error.clamp_min(1e-12)).log10()),
     }
     if len(draws) > 1:
-        from scipy.stats import t
-
-        n = len(draws)
-        wide = float(t.ppf(0.95, n - 1)) * draws.std(0) * (1 + 1 / n) ** 0.5
-        held = (test.x - mean).abs() <= wide
-        head = inside(test, data).expand_as(held)
-        row["coverage"] = float(held[head].float().mean())
+        head = inside(test, data).expand_as(test.x)
+        row["coverage"] = float(held(draws, test.x)[head].float().mean())
     return row
 
 
@@ -337,11 +325,11 @@ def docs(args: argparse.Namespace) -> None:
         "|" + " --- |" * 7,
     ]
     for name, row in found["rows"].items():
-        held = f"{100 * row['coverage']:.0f} %" if "coverage" in row else ""
+        within = f"{100 * row['coverage']:.0f} %" if "coverage" in row else ""
         draw = f"{row['error_of_draw']:.2f}" if "coverage" in row else ""
         lines.append(
             f"| {name} | {row['error']:.2f} | {draw} | {row['dice']:.3f} | "
-            f"{row['unseen']:+.1f} dB | {held} | {row['seconds']:.2f} |"
+            f"{row['unseen']:+.1f} dB | {within} | {row['seconds']:.2f} |"
         )
     chosen = {k: v["value"] for k, v in found["chosen"].items()}
     lines += [
@@ -356,8 +344,7 @@ def docs(args: argparse.Namespace) -> None:
         f"{found['date']}, {found['machine']}, seed {args.seed}. Made by "
         f"`python benchmarks/registration.py run`.",
     ]
-    marks = (f"<!-- registration: {k} -->" for k in ("begin", "end"))
-    put(args.docs, "\n".join(lines), *marks)
+    between(args, "registration", lines)
     picture(args)
 
 
@@ -371,18 +358,15 @@ def picture(args: argparse.Namespace) -> None:
     for name in read(args.results)["rows"]:
         if name != "no displacement":
             shown[name] = saved[name].float().mean(0)
-    other = 0
-    figure = Figure(
-        figsize=(1.7 * len(shown), 1.8 * 2 * len(truth[:2])), layout="constrained"
-    )
-    axes = figure.subplots(2 * len(truth[:2]), len(shown))
-    for i in range(len(truth[:2])):
+    other, items = min(set(range(CONTRASTS)) - set(GIVEN)), 2
+    figure = Figure(figsize=(1.7 * len(shown), 3.6 * items), layout="constrained")
+    axes = figure.subplots(2 * items, len(shown))
+    for i in range(items):
         for j, (name, S) in enumerate(shown.items()):
             top, low = axes[2 * i, j], axes[2 * i + 1, j]
             seen = of.apply(S[i : i + 1])[0, 0, other]
             top.imshow(seen, cmap="gray", vmin=0, vmax=1)
-            off = (S[i] - truth[i]).norm(dim=0)
-            low.imshow(off, cmap="magma", vmin=0, vmax=4)
+            low.imshow((S[i] - truth[i]).norm(dim=0), cmap="magma", vmin=0, vmax=4)
             for axis in (top, low):
                 axis.set_axis_off()
             if i == 0:

@@ -21,8 +21,12 @@ from torch import Generator
 
 import invsolve as iv
 from invsolve import samplers
-from invsolve.demo import COUNTS, TV, Method, compare
+from invsolve.demo import COUNTS, FROM_TV, PNP, Method, compare
+from invsolve.samplers.reddiff import PRESETS
 from invsolve.units import MU_WATER
+
+PNP_RUN = partial(samplers.pnp, **PNP)
+RED_RUN = partial(samplers.reddiff, **PRESETS["ct"])
 
 GRIDS: Mapping[str, tuple[Any, int, Mapping[str, Sequence[Any]]]] = {
     "fbp": (
@@ -57,11 +61,19 @@ GRIDS: Mapping[str, tuple[Any, int, Mapping[str, Sequence[Any]]]] = {
         samplers.pnp,
         1,
         {
-            "init": [partial(samplers.tv, **TV)],
+            "init": [FROM_TV],
             "steps": [20],
             "sigma_range": [(0.01, 0.1), (0.01, 0.2)],
             "lam": [0.1, 0.2, 0.4],
             "cg_steps": [15],
+        },
+    ),
+    "ensemble": (
+        samplers.ensemble,
+        1,
+        {
+            "methods": [(PNP_RUN,), (PNP_RUN, RED_RUN)],
+            "init": [FROM_TV],
         },
     ),
     "dds": (
