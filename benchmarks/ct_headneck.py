@@ -1,6 +1,7 @@
 """Sparse-view, low-dose CT of held-out patients: the README's table.
 
     python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --plain
+    python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --counts 5e3
     python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --readme README.md
 
 Data: real CT slices of OpenKBP's validation patients, of whom no bundled prior saw any.
@@ -31,6 +32,9 @@ TUNING_PATIENTS = 9
 HEIGHTS = (0.3, 0.7)
 """Where in a body, from its lowest slice to its highest, slices are taken."""
 
+LESS = 5e3
+"""Photons of the README's second column, beside the demo's."""
+
 BEGIN, END = "<!-- ct-headneck: begin -->", "<!-- ct-headneck: end -->"
 BESIDE = ("<!-- equivariant: begin -->", "<!-- equivariant: end -->")
 
@@ -52,7 +56,9 @@ def slices(data: Path, part: str, heights: Sequence[float] = HEIGHTS) -> list[io
     return images
 
 
-def summary(comparisons: Sequence[Comparison], part: str, seed: int) -> dict:
+def summary(
+    comparisons: Sequence[Comparison], part: str, counts: float, seed: int
+) -> dict:
     """Mean and spread over slices for each method, and what was run where."""
     rows = []
     for i, first in enumerate(comparisons[0].results):
@@ -79,7 +85,7 @@ def summary(comparisons: Sequence[Comparison], part: str, seed: int) -> dict:
         "patients": len(comparisons),
         "slices": sum(len(c.truth) for c in comparisons),
         "views": VIEWS,
-        "counts": COUNTS,
+        "counts": counts,
         "seed": seed,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
@@ -101,30 +107,37 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {name}{gpu}"
 
 
-def table(result: dict) -> str:
-    """The summary in Markdown."""
+def table(results: Sequence[dict]) -> str:
+    """Summaries of the same slices in Markdown, a column of PSNR for each dose."""
+    doses = " | ".join(f"{r['counts']:,.0f} photons" for r in results)
     lines = [
-        "| method | gives | PSNR (dB) | SSIM | network passes | seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| method | gives | {doses} | SSIM | network passes | seconds |",
+        f"| --- | --- | {'--- | ' * len(results)}--- | --- | --- |",
     ]
-    for row in result["rows"]:
+    for rows in zip(*(r["rows"] for r in results), strict=True):
+        row = rows[0]
         mean = f", mean of {row['samples']}" if row["samples"] > 1 else ""
         kind = row["kind"].replace("_", " ") + mean
-        psnr = f"{row['psnr_mean']:.2f} ± {row['psnr_sd']:.2f}"
+        psnr = " | ".join(f"{r['psnr_mean']:.2f} ± {r['psnr_sd']:.2f}" for r in rows)
+        ssim = " | ".join(f"{r['ssim_mean']:.3f}" for r in rows[:1])
         lines.append(
-            f"| {row['method']} | {kind} | {psnr} | {row['ssim_mean']:.3f} | "
+            f"| {row['method']} | {kind} | {psnr} | {ssim} | "
             f"{row['forwards']:.0f} | {row['seconds']:.1f} |"
         )
-    busy = ", which did other work as well" if result.get("busy") else ""
+    first = results[0]
+    busy = ", which did other work as well" if first["busy"] else ""
+    dates = ", ".join(dict.fromkeys(r["date"] for r in results))
+    made = " and ".join(f"`{r['command']}`" for r in results)
+    first_of = "" if len(results) == 1 else " of the first dose"
     lines += [
         "",
-        f"{result['slices']} slices of {result['patients']} patients whom neither "
+        f"{first['slices']} slices of {first['patients']} patients whom neither "
         f"training nor tuning saw (OpenKBP, real CT); simulated measurements: "
-        f"{result['views']} views, {result['counts']:,.0f} photons a ray, on a grid three "
-        "times finer. PSNR (data range 2000 HU) and SSIM over the body, mean ± standard "
-        f"deviation over slices; passes and seconds for one slice. {result['date']}, "
-        f"{result['machine']}{busy}, seed {result['seed']}, weights "
-        f"{result['weights']}. Made by `{result['command']}`.",
+        f"{first['views']} views, so many photons a ray, on a grid three times finer. "
+        "PSNR in dB (data range 2000 HU) and SSIM over the body, mean ± standard "
+        f"deviation over slices; SSIM, passes and seconds for one slice{first_of}. "
+        f"{dates}, {first['machine']}{busy}, seed {first['seed']}, weights "
+        f"{first['weights']}. Made by {made}.",
     ]
     return "\n".join(lines)
 
@@ -166,6 +179,7 @@ def main() -> None:
     )
     parser.add_argument("--prior", default="ct-headneck-128")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--counts", type=float, default=COUNTS, help="photons a ray")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument(
@@ -185,32 +199,47 @@ def main() -> None:
         compare(
             image,
             prior,
+            counts=args.counts,
             equivariant=not args.plain,
             generator=generator,
             device=torch.device(args.device),
         )
         for image in tqdm(images, unit="patient")
     ]
-    result = summary(comparisons, args.part, args.seed)
-    patients = f" --patients {args.patients}" if args.patients else ""
-    told = (" --plain" if args.plain else " --readme README.md") + " --busy" * args.busy
+    result = summary(comparisons, args.part, args.counts, args.seed)
+    told = f" --patients {args.patients}" if args.patients else ""
+    told += " --plain" * args.plain
+    told += f" --counts {args.counts:g}" * (args.counts != COUNTS)
+    told += " --readme README.md" * bool(args.readme) + " --busy" * args.busy
     result["busy"] = args.busy
     result["weights"] = read_card(args.prior)[0]["sha256"][:8]
-    result["command"] = f"python benchmarks/ct_headneck.py{patients}{told}"
-    print(table(result))
+    result["command"] = f"python benchmarks/ct_headneck.py{told}"
+    print(table([result]))
     args.out.mkdir(parents=True, exist_ok=True)
-    plain = "-plain" if args.plain else ""
-    stem = f"ct_headneck-{args.part}-{torch.device(args.device).type}{plain}"
+    stem = f"ct_headneck-{args.part}-{torch.device(args.device).type}"
+    dose = f"-{args.counts:g}" * (args.counts != COUNTS)
+    path = args.out / f"{stem}{'-plain' * args.plain}{dose}.json"
     text = json.dumps(result, indent=1) + "\n"
-    io.replace(args.out / f"{stem}.json", lambda p: Path(p).write_text(text))
+    io.replace(path, lambda p: Path(p).write_text(text))
     if args.readme:
-        put(args.readme, table(result), BEGIN, END)
-        plain = json.loads((args.out / f"{stem}-plain.json").read_text())
-        if plain["weights"] == result["weights"]:
+        doses = [args.out / f"{stem}{end}.json" for end in ("", f"-{LESS:g}")]
+        found = alike(doses, result["weights"])
+        put(args.readme, table(found), BEGIN, END)
+        for plain in alike([args.out / f"{stem}-plain.json"], result["weights"]):
             page = args.readme.parent / "docs" / "priors.md"
-            put(page, beside(result, plain), *BESIDE)
+            put(page, beside(found[0], plain), *BESIDE)
+
+
+def alike(paths: Sequence[Path], weights: str) -> list[dict]:
+    """What was found with these weights, of the files that are there."""
+    found = []
+    for path in paths:
+        result = json.loads(path.read_text()) if path.exists() else {}
+        if result.get("weights") == weights:
+            found.append(result)
         else:
-            print("--plain is of other weights: docs/priors.md stays as it is")
+            print(f"{path} is of other weights, or not there: left out")
+    return found
 
 
 if __name__ == "__main__":

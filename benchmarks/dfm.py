@@ -421,7 +421,7 @@ def operator(args: argparse.Namespace) -> None:
         (1, "Joseph's, pixels as points"),
         (OVERSAMPLE, "finer pixels"),
     ):
-        A = Parametric.views(ct_beam(), oversample=times).linear
+        A = replace(ct_beam(), oversample=times)
         off = float((A.apply(x.x) - z).square().mean().sqrt())
         nothing = torch.zeros_like(x.x)
         scores = [

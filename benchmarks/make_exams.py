@@ -61,7 +61,7 @@ def ct_sinograms(x: Tensor) -> Tensor:
 def families() -> dict[str, Parametric]:
     """All that can be measured."""
     return {
-        "ct": Parametric.views(ct_beam(), oversample=OVERSAMPLE),
+        "ct": Parametric.views(replace(ct_beam(), oversample=OVERSAMPLE)),
         "mr": Parametric.lines((SIDE, SIDE), real=True),
     }
 

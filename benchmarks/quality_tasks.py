@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 import invsolve as iv
 from invsolve import io, samplers
-from invsolve.demo import COUNTS, FLOOR, even_angles
+from invsolve.demo import FLOOR, even_angles
 from invsolve.metrics import body_mask
 from invsolve.operators import (
     Blur,
@@ -89,7 +89,7 @@ def ct(views: int, x: Tensor, generator: Generator) -> iv.InverseProblem:
     return iv.InverseProblem(measure(x, A, noise, generator=generator), A, noise)
 
 
-PIXEL_MM = 3.906
+PIXEL_MM, COUNTS = 3.906, 5e3
 CT_CLASSICAL = {
     "FBP": (samplers.fbp, {"window": ["ram-lak", "shepp-logan", "cosine", "hann"]}),
     "TV": (

@@ -67,6 +67,7 @@ def line_integrals(x: X, A: ParallelBeam | FanBeam, factor: int) -> Tensor:
         pixel_mm=A.pixel_mm / factor,
         detectors=A.detectors * factor,
         detector_mm=A.detector_mm / factor,
+        oversample=1,
     )
     intensity = torch.exp(-fine(refine(x, factor)))
     return -intensity.unflatten(-1, (A.detectors, factor)).mean(-1).log()

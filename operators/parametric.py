@@ -5,7 +5,7 @@ acquired. What is left out is zero, so that exams of different φ make one batch
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +22,6 @@ from .base import Identity, LinearOperator, Operator, tensors
 from .ct import ParallelBeam
 from .masking import Mask
 from .mri import Coils, ComplexChannels, Fourier, RealImage
-from .resample import finer_pixels
 from .warp import Warp
 
 Rows = Bool[Tensor, "_ *grid"]
@@ -31,6 +30,8 @@ PerRow = Float[Tensor, "_ *grid"]
 PerPixel = Float[Tensor, "_ *space"]
 PROBED = 256
 """Images that go through the operator together where it is probed."""
+OVERSAMPLED = (1, 2)
+"""How beams of one geometry are likely to model it."""
 
 
 class Acquired(NamedTuple):
@@ -98,16 +99,8 @@ class Parametric:
         return cls(Fourier() @ full, (channels, *shape), shape, (-1,), words)
 
     @classmethod
-    def views(cls, beam: ParallelBeam, *, oversample: int = 1) -> "Parametric":
-        """CT: a row is a view, of all those of ``beam``.
-
-        Args:
-            beam: the scan.
-            oversample: take pixels for what they are, the means of something smooth: A is
-                the same scan of pixels so many times finer, of the values that
-                `finer_pixels` gives them. Where pixels are as wide as the details in
-                them, what Joseph's model says of a ray errs by as much as low-dose noise.
-        """
+    def views(cls, beam: ParallelBeam) -> "Parametric":
+        """CT: a row is a view, of all those of ``beam``."""
         words: dict[str, Any] = {
             "rows": "views",
             "shape": list(beam.shape),
@@ -115,18 +108,9 @@ class Parametric:
             "pixel_mm": beam.pixel_mm,
             "detectors": beam.detectors,
             "detector_mm": beam.detector_mm,
+            "oversample": beam.oversample,
         }
-        full: LinearOperator = beam
-        if oversample > 1:
-            words["oversample"] = oversample
-            h, w = beam.shape
-            fine = replace(
-                beam,
-                shape=(h * oversample, w * oversample),
-                pixel_mm=beam.pixel_mm / oversample,
-            )
-            full = fine @ finer_pixels((h, w), oversample)
-        return cls(full, (1, *beam.shape), beam.measurement_shape, (-2,), words)
+        return cls(beam, (1, *beam.shape), beam.measurement_shape, (-2,), words)
 
     @classmethod
     def warps(cls, pictures: Float[Tensor, "pictures h w"]) -> "Parametric":
@@ -153,8 +137,7 @@ class Parametric:
             if kind == "lines":
                 return cls.lines(shape, told.pop("maps", None), **told)
             if kind == "views":
-                times = int(told.pop("oversample", 1))
-                return cls.views(ParallelBeam(shape, **told), oversample=times)
+                return cls.views(ParallelBeam(shape, **told))
         except (KeyError, TypeError) as error:
             raise ValueError(f"a family of operators lacks {error}") from error
         raise ValueError(f"unknown rows {kind!r}: pixels, lines, views or warps")
@@ -361,19 +344,28 @@ class Parametric:
 
         Args:
             A: u ↦ A_φ(gain u), or its rows alone (a beam of these views), in any order,
-                whatever is wrapped around it. Of a family that oversamples, the plain
-                beam's rows too: they are of the same data.
+                whatever is wrapped around it. A beam may oversample as the family's does
+                or not: they are of the same data.
             y: its measurements.
             gain: an image in its own unit over u.
 
         Raises:
             ValueError: it is of another geometry, or another unit.
         """
-        if self.words.get("oversample", 1) > 1:
-            words = {k: v for k, v in self.words.items() if k != "oversample"}
-            plain = self.from_words(words).to(self.device)
+        for family in self._otherwise_modelled():
             with suppress(ValueError):
-                return plain.acquired(A, y, gain)
+                return family._acquired(A, y, gain)
+        return self._acquired(A, y, gain)
+
+    def _otherwise_modelled(self) -> Iterator["Parametric"]:
+        """Families of views whose pixels are points, or means, where these are not."""
+        own = self.words.get("oversample")
+        for times in OVERSAMPLED:
+            if own is not None and own != times:
+                words = {**self.words, "oversample": times}
+                yield self.from_words(words).to(self.device)
+
+    def _acquired(self, A: Operator, y: Y, gain: float) -> "Acquired":
         real = y.real if y.is_complex() else y
         x = randn_like(real.new_zeros(1, *self.image), Generator().manual_seed(0))
         told = ValueError(

@@ -241,9 +241,9 @@ def test_an_ensemble_from_words(measured, phantom, prior, tmp_path):
     run(*base, "-o", tmp_path / "a", "--init", phantom)
     record = json.loads((tmp_path / "a" / "result.json").read_text())
     options = record["settings"]["options"]
-    assert options["methods"].startswith("pnp(steps=20, sigma_range=(0.01, 0.1)")
+    assert options["methods"].startswith("pnp(method=admm, steps=20, sigma_range=(0.03")
     assert options["init"].startswith(f"{phantom.name}, sha256")
-    assert record["results"][0]["stats"]["network_forwards"] == 2 * 70
+    assert record["results"][0]["stats"]["network_forwards"] == 2 * 100
 
 
 def test_what_an_ensemble_is_of_is_not_for_words(refused, measured, prior, tmp_path):

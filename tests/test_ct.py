@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import asin, cos, pi, sin, tan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -456,6 +457,7 @@ def test_default_pitches_are_a_pixel_on_the_axis() -> None:
         ParallelBeam((3, 4), torch.linspace(0.1, 2, 7, dtype=float64), detectors=9),
         FanBeam((3, 4), ANGLES + 0.1, 10.0, 15.0, curved=True, backend="matrix"),
         FanBeam((3, 4), torch.linspace(0, 2 * pi, 9)[:-1], 10.0, 15.0, 0.3),
+        ParallelBeam((3, 4), ANGLES, oversample=2),
         ConeBeam((3, 4, 5), 3 * TURN, 10.0, 15.0, (1.0, 0.3, 0.2), pitch_mm=-1.0),
         ConeBeam((3, 4, 5), TURN, 10.0, 15.0, detectors=(1, 2), truncated=True),
     ],
@@ -505,6 +507,7 @@ CONE: dict[str, Any] = FAN | {"shape": (4, 8, 8)}
             "5 detectors of 1 mm are too",
         ),
         ({"detectors": (9, 9), "offset_mm": (0.0, 20.0)}, "too narrow"),
+        ({"oversample": 0}, "oversample must be positive"),
         ({"source_to_axis_mm": 5.0}, "corners are 5.657 mm from it"),
         ({"source_to_axis_mm": float("inf")}, "source_to_axis_mm must be finite"),
         ({"source_to_detector_mm": 20.0}, r"must exceed source_to_axis_mm \(20\)"),
@@ -571,11 +574,13 @@ def geometries(**more: Any) -> list[RayTransform]:
         ParallelBeam((9, 14), ANGLES, offset_mm=0.3, **more),
         FanBeam((9, 14), ANGLES, 20.0, 30.0, curved=True, **more),
         ConeBeam((4, 6, 5), ANGLES, 20.0, 30.0, (1.0, 2.0, 1.0), **more),
+        ParallelBeam((9, 14), ANGLES, offset_mm=0.3, oversample=2, **more),
+        FanBeam((9, 14), ANGLES, 20.0, 30.0, curved=True, oversample=3, **more),
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, float64], ids=str)
-@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("kind", range(5))
 def test_without_the_matrix_the_numbers_are_the_same(
     kind: int,
     dtype: torch.dtype,
@@ -602,6 +607,34 @@ def test_without_the_matrix_the_numbers_are_the_same(
     assert_close(A(x), expected)  # built by other blocks too
 
 
+@pytest.mark.parametrize("backend", ["matrix", "matrix-free", "astra"])
+def test_oversampled_rays_go_through_finer_pixels(
+    backend: ct.Backend, generator: Generator
+) -> None:
+    if backend == "astra":
+        pytest.importorskip("astra")
+    A = ParallelBeam((9, 14), ANGLES, 1.5, backend=backend, oversample=2)
+    finer = replace(A, shape=(18, 28), pixel_mm=0.75, oversample=1)
+    x = torch.rand(2, 3, 9, 14, generator=generator)
+    y = torch.rand(2, 3, *A.measurement_shape, generator=generator)
+    U = ops.finer_pixels((9, 14), 2)
+    assert_close(A(x), finer(U(x)), rtol=1e-5, atol=1e-5)
+    assert_close(A.adjoint(y), U.adjoint(finer.adjoint(y)), rtol=1e-5, atol=1e-5)
+    assert ops.dottest(A, x, y) < 1e-5
+
+
+def test_oversampling_does_not_move_the_image() -> None:
+    x = blob(48, 3.0, -5.0)
+    A = ParallelBeam((48, 48), ANGLES, 2.0)
+    finer = replace(A, oversample=3)
+    y, z = A(x)[0, 0], finer(x)[0, 0]
+    assert_close(z.sum(-1), y.sum(-1), rtol=1e-4, atol=0)
+    at = detector(A)
+    assert_close(
+        (z * at).sum(-1), (y * at).sum(-1), rtol=0, atol=1e-3 * y.sum(-1).max()
+    )
+
+
 def test_columns_are_multiplied_a_few_at_a_time(generator: Generator) -> None:
     A = ParallelBeam((9, 14), ANGLES)
     x = torch.rand(19, 2, 9, 14, generator=generator)
@@ -622,7 +655,7 @@ def test_auto_leaves_the_matrix_where_it_is_too_large(
     assert joseph.matrices.cache_info().currsize == 1
 
 
-@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("kind", range(5))
 def test_the_memory_is_told_before_the_matrix_is_built(kind: int) -> None:
     A = geometries()[kind]
     joseph.matrices.cache_clear()
@@ -640,6 +673,15 @@ def test_a_matrix_beyond_32_bit_indices_is_refused() -> None:
     part = (np.array([2**31]), np.zeros(0, np.int32), np.zeros(0, np.float32))
     with pytest.raises(ValueError, match="use backend='matrix-free' or 'astra'"):
         joseph._csr([part], 4)
+
+
+def test_so_is_one_of_finer_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = ParallelBeam((4, 4), ANGLES, oversample=2)
+    blocks = [SimpleNamespace(nnz=2**30)] * 2
+    monkeypatch.setattr(joseph, "_blocks", lambda scan, dtype: iter(blocks))
+    joseph.matrices.cache_clear()
+    with pytest.raises(ValueError, match="use backend='matrix-free' or 'astra'"):
+        A(torch.ones(1, 1, 4, 4))
 
 
 class TestCache:

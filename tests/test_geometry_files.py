@@ -23,6 +23,7 @@ ANGLES = torch.tensor([0.1, 1 / 3, 2.0], dtype=float64)
 GEOMETRIES: dict[str, Geometry] = {
     "parallel": ParallelBeam((6, 8), ANGLES, 0.7, 13, 0.6, offset_mm=-0.25),
     "parallel by default": ParallelBeam((6, 8), ANGLES),
+    "parallel through finer pixels": ParallelBeam((6, 8), ANGLES, oversample=2),
     "single precision": ParallelBeam((6, 8), ANGLES.float(), backend="matrix"),
     "fan": FanBeam((6, 8), ANGLES, 40.0, 70.0, 0.7, 20, 1.1, True, 0.1),
     "cone": ConeBeam((3, 4, 5), ANGLES, 40.0, 70.0, offset_mm=(0.5, 0.25)),

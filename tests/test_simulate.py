@@ -1,5 +1,6 @@
 """Simulated measurements: finer than the model, and without its errors."""
 
+from dataclasses import replace
 from math import exp, pi
 
 import pytest
@@ -70,6 +71,15 @@ def test_line_integrals_of_a_disc_are_its_chords(factor: int) -> None:
     assert float((simulated - expected).norm() / expected.norm()) < 0.02
     difference = float((simulated - model).norm() / model.norm())
     assert 1e-3 < difference < 0.05  # near the model, but not the model: no crime
+
+
+def test_what_is_measured_is_not_what_the_solver_thinks_of_it(
+    generator: Generator,
+) -> None:
+    A = ops.ParallelBeam((12, 10), ANGLES)
+    x = torch.rand(2, 1, 12, 10, dtype=float64, generator=generator)
+    expected = line_integrals(x, A, 3)
+    assert_close(line_integrals(x, replace(A, oversample=2), 3), expected)
 
 
 def test_an_element_averages_intensity_not_attenuation() -> None:

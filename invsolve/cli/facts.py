@@ -86,6 +86,8 @@ def measured_facts(problem: InverseProblem, *, simulated: bool) -> dict[str, str
             "detector": f"{A.detectors} elements of {A.detector_mm:.3g} mm",
             "image": f"{A.shape[1]}×{A.shape[0]} pixels of {A.pixel_mm:.3g} mm",
         }
+        if A.oversample > 1:
+            facts["image"] += f", for the rays {A.oversample} times finer"
     facts["noise"] = str(noise)
     if isinstance(noise, ops.TransmissionNoise):
         facts["noise"] = f"Poisson, {noise.counts:,.0f} photons through air"

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from invsolve import demo as demonstration, io, operators as ops
+from invsolve.demo import OVERSAMPLE
 from invsolve.operators import LinearOperator, Noise
 from invsolve.units import MU_WATER
 
@@ -99,7 +100,8 @@ def describe(
             raise ValueError("ct needs an image of attenuation: give --unit HU or 1/mm")
         pixel = demonstration.square_pixel(image)
         if geometry is None:
-            A = ops.ParallelBeam((h, w), demonstration.even_angles(views), pixel)
+            theta = demonstration.even_angles(views)
+            A = ops.ParallelBeam((h, w), theta, pixel, oversample=OVERSAMPLE)
         else:
             A = _read_geometry(geometry)
             if A.shape != (h, w) or abs(A.pixel_mm / pixel - 1) > 1e-3:
@@ -234,7 +236,12 @@ def _sinogram(
                 )
         try:
             A = ops.ParallelBeam(
-                (size, size), theta, pixel_mm, detectors, detector_mm or pixel_mm
+                (size, size),
+                theta,
+                pixel_mm,
+                detectors,
+                detector_mm or pixel_mm,
+                oversample=OVERSAMPLE,
             )
         except ValueError as error:
             raise ValueError(f"cannot solve {path}: {error}") from error

@@ -51,10 +51,10 @@ DEBLURRING: Preset = MappingProxyType({"lam": 0.25, "lr": 0.5})
 
 CT: Preset = MappingProxyType(
     {
-        "steps": 25,
-        "sigma_range": (0.03, 0.5),
+        "steps": 40,
+        "sigma_range": (0.02, 0.3),
         "lam": 0.15,
-        "lr": 0.5,
+        "lr": 0.8,
         "normalize": "bayes",
         "weight": "calibrated",
         "optimizer": "prox",

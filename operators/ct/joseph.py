@@ -2,7 +2,8 @@
 
 A ray steps through the image from one plane of voxels to the next, along the axis that
 it crosses most of, and interpolates linearly between the voxels of a plane; a step
-weighs as much as it is long in mm.
+weighs as much as it is long in mm. Of a scan that oversamples the planes are those of
+finer pixels, and what gives them their values is multiplied into the matrix.
 """
 
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..resample import finer_pixels
 from . import cache
 from .rays import Scan
 
@@ -31,10 +33,19 @@ CHUNK_BYTES = 2**23
 """Images that are projected at once: about what a CPU's cache holds; 8 to 16."""
 
 
+SMOOTH = 7
+"""Pixels of a plane, at most, that a ray through finer pixels depends on.
+
+A plane has a say in the finer ones of its neighbours, too. Within three planes a ray is
+interpolated between five pixels across, and one on each side has a say in theirs.
+"""
+
+
 def matrix_bytes(scan: Scan) -> int:
     """What A and Aᵀ take in float32, at most, known before they are built."""
     rays, voxels = scan.size
-    entries = rays * max(scan.shape) * 2 ** (len(scan.shape) - 1)
+    per_plane = 2 ** (len(scan.shape) - 1) if scan.oversample == 1 else SMOOTH
+    entries = rays * max(scan.shape) * per_plane
     return 2 * (8 * entries) + 4 * (rays + voxels + 2)
 
 
@@ -92,7 +103,7 @@ def matrices(
     tensors = cache.load(name)
     if tensors is None:
         start = perf_counter()
-        A = _csr(list(_parts(scan, dtype)), voxels)
+        A = _matrix(scan, dtype)
         tensors = {
             f"{matrix}.{part}": torch.from_numpy(getattr(m, part))
             for matrix, m in (("A", A), ("At", A.T.tocsr()))
@@ -134,14 +145,34 @@ def _columns(t: Tensor) -> np.ndarray:
     return np.ascontiguousarray(t.detach().cpu().numpy().T)
 
 
+def _matrix(scan: Scan, dtype: torch.dtype) -> Any:
+    import scipy.sparse
+
+    if scan.oversample == 1:
+        return _csr(list(_parts(scan, dtype)), scan.size[1])
+    # The product of all rays at once would first need their far larger matrix.
+    blocks = list(_blocks(scan, dtype))
+    _check_entries(sum(block.nnz for block in blocks))
+    return scipy.sparse.vstack(blocks, "csr")
+
+
 def _parts(scan: Scan, dtype: torch.dtype) -> Iterator[Part]:
-    kind = np.float64 if dtype == torch.float64 else np.float32
+    kind = _kind(dtype)
     crossings = max(scan.shape) * 2 ** (len(scan.shape) - 1)
     for point, direction in scan.rays(max(1, CROSSINGS // crossings)):
         yield joseph(point, direction, scan.shape, scan.spacing, kind)
 
 
+def _kind(dtype: torch.dtype) -> type[np.floating]:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
 def _blocks(scan: Scan, dtype: torch.dtype) -> Iterator[Any]:
+    if scan.oversample > 1:
+        finer = _finer(scan, dtype)
+        for block in _blocks(scan.finer, dtype):
+            yield block @ finer
+        return
     held: list[Part] = []
     entries = 0
     for part in _parts(scan, dtype):
@@ -154,22 +185,38 @@ def _blocks(scan: Scan, dtype: torch.dtype) -> Iterator[Any]:
         yield _csr(held, scan.size[1])
 
 
+def _finer(scan: Scan, dtype: torch.dtype) -> Any:
+    """`finer_pixels` of a scan's image, as a sparse matrix."""
+    import scipy.sparse
+
+    h, w = scan.shape
+    pixels = finer_pixels((h, w), scan.oversample)
+    rows, columns = (
+        scipy.sparse.csr_matrix(m.numpy().astype(_kind(dtype)))
+        for m in (pixels.rows, pixels.columns)
+    )
+    return scipy.sparse.kron(rows, columns, "csr")
+
+
 def _csr(parts: list[Part], voxels: int) -> Any:
     import scipy.sparse
 
     counts, columns, values = (
         np.concatenate(part) for part in zip(*parts, strict=True)
     )
-    total = int(counts.sum())
+    _check_entries(int(counts.sum()))
+    indptr = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+    return scipy.sparse.csr_matrix(
+        (values, columns, indptr), shape=(len(counts), voxels)
+    )
+
+
+def _check_entries(total: int) -> None:
     if total >= 2**31:
         raise ValueError(
             f"the matrix has {total:.3g} entries, too many for its 32-bit indices: "
             "use backend='matrix-free' or 'astra'"
         )
-    indptr = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
-    return scipy.sparse.csr_matrix(
-        (values, columns, indptr), shape=(len(counts), voxels)
-    )
 
 
 def _to_torch(tensors: dict[str, Tensor], name: str, size: tuple[int, int]) -> Tensor:

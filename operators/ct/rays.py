@@ -5,7 +5,7 @@ rows, columns). A row's number grows downwards, against y.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import inf, pi, prod
 
@@ -27,6 +27,7 @@ class Scan:
         source_to_detector: in mm; infinite for parallel rays.
         curved: whether the detector's rows are arcs around the source.
         travel: of source and detector along the slices, in mm per turn.
+        oversample: into how many pixels a side each is divided for the rays.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,15 @@ class Scan:
     source_to_detector: float = inf
     curved: bool = False
     travel: float = 0.0
+    oversample: int = 1
+
+    @property
+    def finer(self) -> "Scan":
+        """The same rays through pixels ``oversample`` times finer."""
+        k = self.oversample
+        shape = tuple(n * k for n in self.shape)
+        spacing = tuple(mm / k for mm in self.spacing)
+        return replace(self, shape=shape, spacing=spacing, oversample=1)
 
     @property
     def is_parallel(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from invsolve.shapes import X, Y
 
 from ..base import LinearOperator, WithAdjoint
+from ..resample import Separable, finer_pixels
 from . import astra, joseph
 from .rays import Scan
 
@@ -48,6 +49,14 @@ class RayTransform(LinearOperator):
     def scan(self) -> Scan:
         """The geometry in plain numbers."""
         return self._scan()
+
+    @cached_property
+    def _pixels(self) -> Separable | None:
+        """What gives finer pixels their values, where the scan has some."""
+        if self.scan.oversample == 1:
+            return None
+        h, w = self.scan.shape
+        return finer_pixels((h, w), self.scan.oversample)
 
     @property
     def matrix_bytes(self) -> int:
@@ -97,7 +106,12 @@ class RayTransform(LinearOperator):
             case "astra":
                 where = self.angles.device if self._on_gpu() else "cpu"
                 items = t.detach().to(where).reshape(-1, *given)
-                out = astra.project(self.scan, items, forward=forward).to(t)
+                if forward and self._pixels:
+                    items = self._pixels.apply(items)
+                out = astra.project(self.scan.finer, items, forward=forward)
+                if not forward and self._pixels:
+                    out = self._pixels.adjoint(out)
+                out = out.to(t)
             case "matrix-free":
                 blocks = joseph.apply_in_blocks if forward else joseph.adjoint_in_blocks
                 out = blocks(self.scan, t.reshape(-1, prod(given)))
