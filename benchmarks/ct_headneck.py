@@ -3,6 +3,10 @@
     python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --plain
     python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --counts 5e3
     python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --readme README.md
+    python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --part tune --oversample 1
+    python benchmarks/ct_headneck.py --data $INVSOLVE_DATA --part tune --readme README.md
+
+The last two are about the operator alone, and go to docs/operators.md.
 
 Data: real CT slices of OpenKBP's validation patients, of whom no bundled prior saw any.
 The first nine (by number) are for tuning and the rest for reporting, so that no number
@@ -25,7 +29,7 @@ from tqdm import tqdm
 
 import invsolve as iv
 from invsolve import io
-from invsolve.demo import COUNTS, VIEWS, Comparison, compare
+from invsolve.demo import COUNTS, OVERSAMPLE, VIEWS, Comparison, compare
 from invsolve.priors.weights import read_card
 
 TUNING_PATIENTS = 9
@@ -37,6 +41,7 @@ LESS = 5e3
 
 BEGIN, END = "<!-- ct-headneck: begin -->", "<!-- ct-headneck: end -->"
 BESIDE = ("<!-- equivariant: begin -->", "<!-- equivariant: end -->")
+PIXELS = ("<!-- ct-pixels: begin -->", "<!-- ct-pixels: end -->")
 
 
 def slices(data: Path, part: str, heights: Sequence[float] = HEIGHTS) -> list[io.Image]:
@@ -142,18 +147,19 @@ def table(results: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def beside(result: dict, plain: dict) -> str:
-    """What the prior's equivariance changes, of the methods that ask a prior."""
-    lines = ["| method | as the network is | equivariant |", "| --- | --- | --- |"]
+def beside(plain: dict, result: dict, heads: tuple[str, str], of: str) -> str:
+    """What one thing changes, of the methods that it concerns."""
+    lines = [f"| method | {heads[0]} | {heads[1]} |", "| --- | --- | --- |"]
     for one, other in zip(plain["rows"], result["rows"], strict=True):
-        if one["forwards"]:
+        if one["psnr"] != other["psnr"]:
             scores = " | ".join(f"{r['psnr_mean']:.2f}" for r in (one, other))
             lines.append(f"| {one['method']} | {scores} |")
     told = [f"{r['date']}, {r['machine']}" for r in (plain, result)]
     lines += [
         "",
-        f"PSNR in dB of the README's {result['slices']} slices with the same seed and the "
-        f"same passes, weights {result['weights']}. {told[0]}; {told[1]}. Made by "
+        f"PSNR in dB of {result['slices']} slices of {of}, {result['views']} views and "
+        f"{result['counts']:,.0f} photons, with the same seed and the same passes, weights "
+        f"{result['weights']}. {'; '.join(dict.fromkeys(told))}. Made by "
         f"`{plain['command']}` and `{result['command']}`.",
     ]
     return "\n".join(lines)
@@ -185,6 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--plain", action="store_true", help="the prior as it is, not `Equivariant`"
     )
+    parser.add_argument("--oversample", type=int, default=OVERSAMPLE, choices=[1, 2])
     parser.add_argument(
         "--busy",
         action="store_true",
@@ -200,6 +207,7 @@ def main() -> None:
             image,
             prior,
             counts=args.counts,
+            oversample=args.oversample,
             equivariant=not args.plain,
             generator=generator,
             device=torch.device(args.device),
@@ -207,39 +215,48 @@ def main() -> None:
         for image in tqdm(images, unit="patient")
     ]
     result = summary(comparisons, args.part, args.counts, args.seed)
-    told = f" --patients {args.patients}" if args.patients else ""
-    told += " --plain" * args.plain
+    points = args.oversample != OVERSAMPLE
+    told = f" --part {args.part}" * (args.part != "report")
+    told += f" --patients {args.patients}" if args.patients else ""
+    told += " --plain" * args.plain + f" --oversample {args.oversample}" * points
     told += f" --counts {args.counts:g}" * (args.counts != COUNTS)
     told += " --readme README.md" * bool(args.readme) + " --busy" * args.busy
     result["busy"] = args.busy
-    result["weights"] = read_card(args.prior)[0]["sha256"][:8]
+    result["weights"] = weights = read_card(args.prior)[0]["sha256"][:8]
     result["command"] = f"python benchmarks/ct_headneck.py{told}"
     print(table([result]))
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"ct_headneck-{args.part}-{torch.device(args.device).type}"
-    dose = f"-{args.counts:g}" * (args.counts != COUNTS)
-    path = args.out / f"{stem}{'-plain' * args.plain}{dose}.json"
+    other = f"-{args.counts:g}" * (args.counts != COUNTS) + "-points" * points
+    path = args.out / f"{stem}{'-plain' * args.plain}{other}.json"
     text = json.dumps(result, indent=1) + "\n"
     io.replace(path, lambda p: Path(p).write_text(text))
-    if args.readme:
-        doses = [args.out / f"{stem}{end}.json" for end in ("", f"-{LESS:g}")]
-        found = alike(doses, result["weights"])
-        put(args.readme, table(found), BEGIN, END)
-        for plain in alike([args.out / f"{stem}-plain.json"], result["weights"]):
-            page = args.readme.parent / "docs" / "priors.md"
-            put(page, beside(found[0], plain), *BESIDE)
+    if not args.readme:
+        return
+    ends = ("", f"-{LESS:g}", "-plain", "-points")
+    usual, less, plain, pointed = (
+        alike(args.out / f"{stem}{end}.json", weights) for end in ends
+    )
+    docs = args.readme.parent / "docs"
+    if args.part == "report":
+        put(args.readme, table([r for r in (usual, less) if r]), BEGIN, END)
+        if plain and usual:
+            heads = "as the network is", "equivariant"
+            text = beside(plain, usual, heads, "the README's patients")
+            put(docs / "priors.md", text, *BESIDE)
+    elif pointed and usual:
+        heads = "pixels as points", "as means"
+        text = beside(pointed, usual, heads, "the tuning patients")
+        put(docs / "operators.md", text, *PIXELS)
 
 
-def alike(paths: Sequence[Path], weights: str) -> list[dict]:
-    """What was found with these weights, of the files that are there."""
-    found = []
-    for path in paths:
-        result = json.loads(path.read_text()) if path.exists() else {}
-        if result.get("weights") == weights:
-            found.append(result)
-        else:
-            print(f"{path} is of other weights, or not there: left out")
-    return found
+def alike(path: Path, weights: str) -> dict:
+    """What a file holds, if it is there and was found with these weights."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result.get("weights") == weights:
+        return result
+    print(f"{path} is of other weights, or not there: left out")
+    return {}
 
 
 if __name__ == "__main__":

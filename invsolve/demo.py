@@ -168,6 +168,7 @@ def compare(
     methods: Iterable[Method] = METHODS,
     views: int = VIEWS,
     counts: float = COUNTS,
+    oversample: int = OVERSAMPLE,
     equivariant: bool = True,
     generator: Generator,
     device: torch.device,
@@ -181,6 +182,8 @@ def compare(
         methods: what to compare.
         views: evenly over 180°.
         counts: photons that reach a detector element through air.
+        oversample: what the operator that is solved with takes pixels for; see
+            `ParallelBeam`. What is measured does not depend on it.
         equivariant: take mirror images and shifts of what the prior knows for as likely
             (`priors.Equivariant`).
         generator: of the measurements' noise and of the samplers.
@@ -190,7 +193,7 @@ def compare(
     x = hu_to_mu(image.values[:, None])
     h, w = x.shape[-2:]
     A = ParallelBeam(
-        (h, w), even_angles(views), square_pixel(image), oversample=OVERSAMPLE
+        (h, w), even_angles(views), square_pixel(image), oversample=oversample
     )
     noise = TransmissionNoise(counts, FLOOR)
     y = measure(x, A, noise, generator=generator)

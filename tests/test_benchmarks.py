@@ -1,5 +1,6 @@
 """What the benchmarks against other code rest on: same noise, same network, fair clocks."""
 
+import json
 import sys
 import time
 from importlib import import_module
@@ -165,3 +166,49 @@ def test_a_field_of_the_law_is_found_again(
         assert least < value(found, k)
         for other in (0.99 * near, near + 0.01):
             assert least < value(other, k)
+
+
+# --- the README's table
+
+
+def found(counts: float, psnr: float, **changes: object) -> dict:
+    """What ct_headneck.py writes down of two methods, the second with a prior."""
+    rows = [
+        {
+            "method": method,
+            "kind": "point_estimate",
+            "samples": 1,
+            "psnr_mean": psnr + gain,
+            "psnr_sd": 1.0,
+            "ssim_mean": 0.9,
+            "psnr": [psnr + gain],
+            "forwards": passes,
+            "seconds": 2.0,
+        }
+        for method, gain, passes in (("TV", 0.0, 0), ("PnP", 2.0, 20))
+    ]
+    told = {"slices": 2, "patients": 1, "views": 30, "seed": 0, "busy": False}
+    told |= {"date": "today", "machine": "a core", "weights": "abc", "command": "c"}
+    return {"counts": counts, "rows": rows, **told, **changes}
+
+
+def test_a_column_for_each_dose(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    ct_headneck = import_module("ct_headneck")
+    lines = ct_headneck.table([found(2e4, 25.0), found(5e3, 23.0)]).splitlines()
+    assert "| 20,000 photons | 5,000 photons |" in lines[0]
+    assert "| 27.00 ± 1.00 | 25.00 ± 1.00 | 0.900 | 20 |" in lines[3]
+    assert len({line.count("|") for line in lines[:4]}) == 1
+
+    other = found(2e4, 25.0)
+    other["rows"][1] |= {"psnr_mean": 26.5, "psnr": [26.5]}
+    lines = ct_headneck.beside(other, found(2e4, 25.0), ("a", "b"), "nobody")
+    assert lines.splitlines()[2:4] == ["| PnP | 26.50 | 27.00 |", ""]
+
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(found(2e4, 25.0, weights="abd")))
+    assert ct_headneck.alike(path, "abd") == json.loads(path.read_text())
+    assert ct_headneck.alike(path, "abc") == {}
+    assert ct_headneck.alike(tmp_path / "none", "abc") == {}

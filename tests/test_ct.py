@@ -631,7 +631,7 @@ def test_oversampling_does_not_move_the_image() -> None:
     assert_close(z.sum(-1), y.sum(-1), rtol=1e-4, atol=0)
     at = detector(A)
     assert_close(
-        (z * at).sum(-1), (y * at).sum(-1), rtol=0, atol=1e-3 * y.sum(-1).max()
+        (z * at).sum(-1), (y * at).sum(-1), rtol=0, atol=1e-3 * float(y.sum(-1).max())
     )
 
 

@@ -26,7 +26,7 @@ from .measured import (
 )
 from .options import Device, Seed, UnitName, device_of, lookup
 
-EXAMPLE = "Example: invsolve simulate ct.nii.gz -o y.npz --slice 64 --counts 5e3"
+EXAMPLE = "Example: invsolve simulate ct.nii.gz -o y.npz --slice 64 --counts 2e4"
 
 
 def simulate(

@@ -48,7 +48,7 @@ EXAMPLE = "\n\n".join(
     (
         "Example: invsolve solve y.npz -o out --sampler dds --samples 8 --truth ct.nii.gz",
         "Example: invsolve solve y.npz -o out --sampler tv --set lam=30",
-        "Example: invsolve solve y.npy -o out --pixel-mm 3.9 --size 128 --counts 5e3",
+        "Example: invsolve solve y.npy -o out --pixel-mm 3.9 --size 128 --counts 2e4",
     )
 )
 
