@@ -134,10 +134,13 @@ def table(results: Sequence[dict]) -> str:
     dates = ", ".join(dict.fromkeys(r["date"] for r in results))
     made = " and ".join(f"`{r['command']}`" for r in results)
     first_of = "" if len(results) == 1 else " of the first dose"
+    whom = "whom neither training nor tuning saw"
+    if first["part"] != "report":
+        whom = "whom training did not see, for tuning"
     lines += [
         "",
-        f"{first['slices']} slices of {first['patients']} patients whom neither "
-        f"training nor tuning saw (OpenKBP, real CT); simulated measurements: "
+        f"{first['slices']} slices of {first['patients']} patients {whom} (OpenKBP, real "
+        f"CT); simulated measurements: "
         f"{first['views']} views, so many photons a ray, on a grid three times finer. "
         "PSNR in dB (data range 2000 HU) and SSIM over the body, mean ± standard "
         f"deviation over slices; SSIM, passes and seconds for one slice{first_of}. "

@@ -187,7 +187,14 @@ def found(counts: float, psnr: float, **changes: object) -> dict:
         }
         for method, gain, passes in (("TV", 0.0, 0), ("PnP", 2.0, 20))
     ]
-    told = {"slices": 2, "patients": 1, "views": 30, "seed": 0, "busy": False}
+    told = {
+        "part": "report",
+        "slices": 2,
+        "patients": 1,
+        "views": 30,
+        "seed": 0,
+        "busy": False,
+    }
     told |= {"date": "today", "machine": "a core", "weights": "abc", "command": "c"}
     return {"counts": counts, "rows": rows, **told, **changes}
 
