@@ -413,7 +413,8 @@ def solved(measured, prior, sampler, **options):
     """The volume in HU that `solve` gives of the same measurements."""
     m = io.load_measurements(measured)
     angles = torch.as_tensor(m.operator["angles"])
-    A = ops.SliceWise(ops.ParallelBeam((32, 32), angles, pixel_mm=8.0), len(m.y))
+    beam = ops.ParallelBeam((32, 32), angles, pixel_mm=8.0, oversample=2)
+    A = ops.SliceWise(beam, len(m.y))
     noise = ops.TransmissionNoise(m.noise["counts"], m.noise["floor"])
     problem = InverseProblem(m.y[None], A, noise)
     generator = torch.Generator().manual_seed(0)
