@@ -124,14 +124,13 @@ def table(results: Sequence[dict]) -> str:
         mean = f", mean of {row['samples']}" if row["samples"] > 1 else ""
         kind = row["kind"].replace("_", " ") + mean
         psnr = " | ".join(f"{r['psnr_mean']:.2f} ± {r['psnr_sd']:.2f}" for r in rows)
-        ssim = " | ".join(f"{r['ssim_mean']:.3f}" for r in rows[:1])
         lines.append(
-            f"| {row['method']} | {kind} | {psnr} | {ssim} | "
+            f"| {row['method']} | {kind} | {psnr} | {row['ssim_mean']:.3f} | "
             f"{row['forwards']:.0f} | {row['seconds']:.1f} |"
         )
     first = results[0]
-    busy = ", which did other work as well" if first["busy"] else ""
-    dates = ", ".join(dict.fromkeys(r["date"] for r in results))
+    busy = ", which did other work as well"
+    told = [f"{r['date']}, {r['machine']}{busy * r['busy']}" for r in results]
     made = " and ".join(f"`{r['command']}`" for r in results)
     first_of = "" if len(results) == 1 else " of the first dose"
     whom = "whom neither training nor tuning saw"
@@ -140,11 +139,10 @@ def table(results: Sequence[dict]) -> str:
     lines += [
         "",
         f"{first['slices']} slices of {first['patients']} patients {whom} (OpenKBP, real "
-        f"CT); simulated measurements: "
-        f"{first['views']} views, so many photons a ray, on a grid three times finer. "
-        "PSNR in dB (data range 2000 HU) and SSIM over the body, mean ± standard "
-        f"deviation over slices; SSIM, passes and seconds for one slice{first_of}. "
-        f"{dates}, {first['machine']}{busy}, seed {first['seed']}, weights "
+        f"CT); simulated measurements: {first['views']} views, so many photons a ray, on a "
+        "grid three times finer. PSNR in dB (data range 2000 HU) and SSIM over the body, "
+        "mean ± standard deviation over slices; SSIM, passes and seconds for one slice"
+        f"{first_of}. {'; '.join(dict.fromkeys(told))}, seed {first['seed']}, weights "
         f"{first['weights']}. Made by {made}.",
     ]
     return "\n".join(lines)
@@ -225,7 +223,7 @@ def main() -> None:
     told += f" --counts {args.counts:g}" * (args.counts != COUNTS)
     told += " --readme README.md" * bool(args.readme) + " --busy" * args.busy
     result["busy"] = args.busy
-    result["weights"] = weights = read_card(args.prior)[0]["sha256"][:8]
+    result["weights"] = read_card(args.prior)[0]["sha256"][:8]
     result["command"] = f"python benchmarks/ct_headneck.py{told}"
     print(table([result]))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -238,7 +236,7 @@ def main() -> None:
         return
     ends = ("", f"-{LESS:g}", "-plain", "-points")
     usual, less, plain, pointed = (
-        alike(args.out / f"{stem}{end}.json", weights) for end in ends
+        alike(args.out / f"{stem}{end}.json", result) for end in ends
     )
     docs = args.readme.parent / "docs"
     if args.part == "report":
@@ -253,12 +251,12 @@ def main() -> None:
         put(docs / "operators.md", text, *PIXELS)
 
 
-def alike(path: Path, weights: str) -> dict:
-    """What a file holds, if it is there and was found with these weights."""
-    result = json.loads(path.read_text()) if path.exists() else {}
-    if result.get("weights") == weights:
-        return result
-    print(f"{path} is of other weights, or not there: left out")
+def alike(path: Path, result: dict) -> dict:
+    """What a file holds, if it is there and of the same slices and weights."""
+    other = json.loads(path.read_text()) if path.exists() else {}
+    if all(other.get(key) == result[key] for key in ("slices", "seed", "weights")):
+        return other
+    print(f"{path} is of other slices or weights, or not there: left out")
     return {}
 
 

@@ -101,7 +101,8 @@ METHODS = (
 )
 """What the demo compares, and how CT is solved unless told otherwise.
 
-Tuned by ``benchmarks/tune_ct.py`` on patients that no table reports.
+Tuned at 5,000 and 20,000 photons together, by ``benchmarks/tune_ct.py``'s grids, on
+patients whom the README's table leaves out.
 """
 
 

@@ -352,10 +352,13 @@ class Parametric:
         Raises:
             ValueError: it is of another geometry, or another unit.
         """
-        for family in self._otherwise_modelled():
-            with suppress(ValueError):
-                return family._acquired(A, y, gain)
-        return self._acquired(A, y, gain)
+        try:
+            return self._acquired(A, y, gain)
+        except ValueError:
+            for family in self._otherwise_modelled():
+                with suppress(ValueError):
+                    return family._acquired(A, y, gain)
+            raise
 
     def _otherwise_modelled(self) -> Iterator["Parametric"]:
         """Families of views whose pixels are points, or means, where these are not."""

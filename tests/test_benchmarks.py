@@ -215,7 +215,9 @@ def test_a_column_for_each_dose(
     assert lines.splitlines()[2:4] == ["| PnP | 26.50 | 27.00 |", ""]
 
     path = tmp_path / "r.json"
-    path.write_text(json.dumps(found(2e4, 25.0, weights="abd")))
-    assert ct_headneck.alike(path, "abd") == json.loads(path.read_text())
-    assert ct_headneck.alike(path, "abc") == {}
-    assert ct_headneck.alike(tmp_path / "none", "abc") == {}
+    path.write_text(json.dumps(found(2e4, 25.0)))
+    less = found(5e3, 23.0)
+    assert ct_headneck.alike(path, less) == json.loads(path.read_text())
+    assert ct_headneck.alike(path, less | {"weights": "abd"}) == {}
+    assert ct_headneck.alike(path, less | {"slices": 32}) == {}
+    assert ct_headneck.alike(tmp_path / "none", less) == {}

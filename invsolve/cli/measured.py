@@ -11,7 +11,6 @@ import torch
 from torch import Generator, Tensor
 
 from invsolve import demo as demonstration, io, operators as ops
-from invsolve.demo import OVERSAMPLE
 from invsolve.operators import LinearOperator, Noise
 from invsolve.units import MU_WATER
 
@@ -100,8 +99,12 @@ def describe(
             raise ValueError("ct needs an image of attenuation: give --unit HU or 1/mm")
         pixel = demonstration.square_pixel(image)
         if geometry is None:
-            theta = demonstration.even_angles(views)
-            A = ops.ParallelBeam((h, w), theta, pixel, oversample=OVERSAMPLE)
+            A = ops.ParallelBeam(
+                (h, w),
+                demonstration.even_angles(views),
+                pixel,
+                oversample=demonstration.OVERSAMPLE,
+            )
         else:
             A = _read_geometry(geometry)
             if A.shape != (h, w) or abs(A.pixel_mm / pixel - 1) > 1e-3:
@@ -241,7 +244,7 @@ def _sinogram(
                 pixel_mm,
                 detectors,
                 detector_mm or pixel_mm,
-                oversample=OVERSAMPLE,
+                oversample=demonstration.OVERSAMPLE,
             )
         except ValueError as error:
             raise ValueError(f"cannot solve {path}: {error}") from error
