@@ -16,7 +16,7 @@ signal, not a rendering of it.
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, final
 
 import torch
@@ -35,6 +35,8 @@ from .shapes import Sigma, X, per_item
 from .variation import total_variation
 
 NAME = "dfm"
+VARIATION_STEPS = (30, 4)
+"""Of total variation: near its minimum, at the price of a pass of a small network."""
 
 
 class ForwardPrior(Prior):
@@ -258,6 +260,7 @@ class NetworkForwardPrior(ForwardPrior):
             of conjugate gradients cannot tell less.
         variation: λ of the total variation that S_det begins with, in the network's
             unit; 0 for least squares.
+        variation_steps: of total variation, and of conjugate gradients in each.
         nonnegative: whether that is at least 0.
     """
 
@@ -274,12 +277,14 @@ class NetworkForwardPrior(ForwardPrior):
         steps: int = 8,
         floor: float = 0.05,
         variation: float = 0.0,
+        variation_steps: Sequence[int] = VARIATION_STEPS,
         nonnegative: bool = False,
     ) -> None:
         self.family, self.head, self.sigma = family, head, sigma
         self.whitening, self.gain = whitening, gain
         self.steps, self.floor = steps, floor
         self.variation, self.nonnegative = variation, nonnegative
+        self.variation_steps = tuple(variation_steps)
         self.target_rows, self.context_rows = target_rows, context_rows
         self.sigma_min, self.sigma_max = 0.01, 20.0
         metrics = (self.W**-2, torch.ones_like(self.W))
@@ -314,12 +319,13 @@ class NetworkForwardPrior(ForwardPrior):
         if not self.variation:
             return self.back(y, context)
         weight = self.family.spread(context) / self.variance()
+        steps, cg_steps = self.variation_steps
         return total_variation(
             lambda x: self.adjoint(weight * self.measure(x)),
             self.adjoint(weight * y),
             self.variation,
-            steps=VARIATION_STEPS,
-            cg_steps=VARIATION_CG,
+            steps=steps,
+            cg_steps=cg_steps,
             nonnegative=self.nonnegative,
         )
 
@@ -483,8 +489,6 @@ def learnt(family: Parametric, head: Head, **more: Any) -> LearntPrior:
 
 RIDGE = 1e-3
 """Of least squares, over the largest eigenvalue."""
-VARIATION_STEPS, VARIATION_CG = 30, 4
-"""Of total variation: near its minimum, at the price of a pass of a small network."""
 
 
 @final
@@ -575,9 +579,14 @@ def load_state(state: State, card: Card) -> LearntPrior:
     return prior
 
 
+BEGINS = ("variation", "variation_steps", "nonnegative")
+
+
 def _begins(told: Mapping[str, Any]) -> dict[str, Any]:
     """What a `NetworkForwardPrior` begins with, if it is not least squares."""
-    return {k: told[k] for k in ("variation", "nonnegative") if told.get(k)}
+    if not told.get("variation"):
+        return {}
+    return {k: told[k] for k in BEGINS if k in told}
 
 
 def _real(v: Tensor) -> Tensor:

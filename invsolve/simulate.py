@@ -68,6 +68,7 @@ def line_integrals(x: X, A: ParallelBeam | FanBeam, factor: int) -> Tensor:
         detectors=A.detectors * factor,
         detector_mm=A.detector_mm / factor,
         oversample=1,
+        rays=1,
     )
     intensity = torch.exp(-fine(refine(x, factor)))
     return -intensity.unflatten(-1, (A.detectors, factor)).mean(-1).log()

@@ -20,6 +20,8 @@ from torch import Generator, Tensor, nn
 from invsolve import io
 from invsolve.exams import Exams, load_exams
 from invsolve.forward_prior import (
+    BEGINS,
+    VARIATION_STEPS,
     ForwardPrior,
     LearntPrior,
     NetworkForwardPrior,
@@ -104,6 +106,8 @@ class First(Section):
     variation: bool = False
     """Total variation, its strength chosen by rows that the context leaves out, instead
     of least squares."""
+    variation_steps: tuple[int, int] = VARIATION_STEPS
+    """Of it, and of conjugate gradients in each."""
     nonnegative: bool = False
 
 
@@ -229,7 +233,7 @@ def train_dfm(
         told={
             "network": network.to_dict(),
             "rows": config.split.model_dump(),
-            "first": config.first.model_dump(),
+            "first": config.first.model_dump(exclude_defaults=True),
             "exams": sha256(config.data.train),
         },
         seed=seed,
@@ -325,8 +329,9 @@ def maker(
         y, context = plain.whitened(rows["x"]), rows["context"]
         if config.first.variation:
             plain.nonnegative = config.first.nonnegative
+            plain.variation_steps = config.first.variation_steps
             plain.variation = strength(plain, y, context, told)
-            more = {k: vars(plain)[k] for k in ("variation", "nonnegative")}
+            more = {k: vars(plain)[k] for k in BEGINS}
         x = plain.first(y, context)
     elif config.first.variation:
         raise ValueError("first.variation needs a linear operator: leave it out")
@@ -442,27 +447,25 @@ def dfm_losses(
         ValueError: there is no novel row, without which Ŝ is arbitrary where it is not
             measured.
     """
-    family, y = prior.family, x
+    y = x
     if not novel.flatten(1).any(1).all():
         raise ValueError(
             "there are no novel rows: an exam needs more rows than context and target"
         )
-    T, N = family.spread(target), family.spread(novel)
-    density = family.density.to(prior.W) / prior.W**2
-    flat = torch.ones_like(density)
     guess = prior.guess(y, context)
     losses = {}
     if weights.guess:
-        losses["guess"] = _mean_square(prior.measure(guess) - y, T | N, density)
+        losses["guess"] = misfit(prior, prior.measure(guess) - y, target | novel)
     if weights.target or weights.novel:
+        T = prior.family.spread(target)
         u = torch.where(T, y + per_item(s, y) * noise, 0)
         # What the first guess is, is not the second's to say.
         S = prior.signal(y, context, u, target, s, guess.detach())
         o = prior.measure(S)
         weight = ((1 + s**2) / s**2).sqrt()
         error = prior.corrected(o, u, s) - y
-        losses["target"] = _mean_square(per_item(weight, y) * error, T, flat)
-        losses["novel"] = _mean_square(o - y, N, density)
+        losses["target"] = _mean_square(per_item(weight, y) * error, T)
+        losses["novel"] = misfit(prior, o - y, novel)
         guess = S
     if weights.smooth:
         steps = [guess.diff(dim=d) for d in range(2, guess.ndim)]
@@ -470,8 +473,20 @@ def dfm_losses(
     return {k: v for k, v in losses.items() if vars(weights)[k]}
 
 
-def _mean_square(error: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    inside = torch.where(rows, weights, 0).expand(error.shape)
+def misfit(prior: ForwardPrior, error: Tensor, rows: Rows) -> Tensor:
+    """⟨|A x − y|²⟩ over some rows, weighing frequencies as an image's mean square does.
+
+    Args:
+        prior: which knows the operators and the whitening.
+        error: A x − y, whitened.
+        rows: (batch, *grid).
+    """
+    density = prior.family.density.to(prior.W) / prior.W**2
+    return _mean_square(error, torch.where(prior.family.spread(rows), density, 0))
+
+
+def _mean_square(error: Tensor, weights: Tensor) -> Tensor:
+    inside = weights.to(error.real).expand(error.shape)
     square = (error.conj() * error).real
     total = inside.sum() * (1 + error.is_complex())
     return (inside * square).sum() / total.clamp_min(1e-12)

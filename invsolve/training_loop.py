@@ -153,7 +153,8 @@ def fit(
         board: a folder for TensorBoard's curves and sample sheets; none unless given.
 
     Raises:
-        ValueError: the checkpoint is of another network, or a batch is too small to divide.
+        ValueError: the checkpoint is of another network, optimizer or the like, or a batch
+            is too small to divide.
         ModuleNotFoundError: accelerate or TensorBoard is needed and not installed.
     """
     opt, processes = plan.opt, Processes(device or torch.device("cpu"))
@@ -169,9 +170,12 @@ def fit(
     first, history, running = 0, [], []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
-        if state["told"] != told:
+        before = state["told"]
+        others = [k for k in {**before, **told} if before.get(k) != told.get(k)]
+        if others:
             raise ValueError(
-                f"{checkpoint} is of another network or optimizer: choose another --out"
+                f"{checkpoint} was trained with another {', '.join(others)}: choose "
+                "another --out"
             )
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])

@@ -30,7 +30,7 @@ PerRow = Float[Tensor, "_ *grid"]
 PerPixel = Float[Tensor, "_ *space"]
 PROBED = 256
 """Images that go through the operator together where it is probed."""
-OVERSAMPLED = (1, 2)
+MODELS = [{"oversample": k, "rays": m} for k in (1, 2) for m in (1, 2)]
 """How beams of one geometry are likely to model it."""
 
 
@@ -109,6 +109,7 @@ class Parametric:
             "detectors": beam.detectors,
             "detector_mm": beam.detector_mm,
             "oversample": beam.oversample,
+            "rays": beam.rays,
         }
         return cls(beam, (1, *beam.shape), beam.measurement_shape, (-2,), words)
 
@@ -344,8 +345,8 @@ class Parametric:
 
         Args:
             A: u ↦ A_φ(gain u), or its rows alone (a beam of these views), in any order,
-                whatever is wrapped around it. A beam may oversample as the family's does
-                or not: they are of the same data.
+                whatever is wrapped around it. A beam may take pixels and elements for
+                points or not, as the family does or not: they are of the same data.
             y: its measurements.
             gain: an image in its own unit over u.
 
@@ -361,11 +362,10 @@ class Parametric:
             raise
 
     def _otherwise_modelled(self) -> Iterator["Parametric"]:
-        """Families of views whose pixels are points, or means, where these are not."""
-        own = self.words.get("oversample")
-        for times in OVERSAMPLED:
-            if own is not None and own != times:
-                words = {**self.words, "oversample": times}
+        """Families of views whose pixels, or elements, are points where these are not."""
+        for model in MODELS if self.words["rows"] == "views" else ():
+            words = {**self.words, **model}
+            if words != self.words:
                 yield self.from_words(words).to(self.device)
 
     def _acquired(self, A: Operator, y: Y, gain: float) -> "Acquired":

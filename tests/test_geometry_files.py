@@ -23,7 +23,7 @@ ANGLES = torch.tensor([0.1, 1 / 3, 2.0], dtype=float64)
 GEOMETRIES: dict[str, Geometry] = {
     "parallel": ParallelBeam((6, 8), ANGLES, 0.7, 13, 0.6, offset_mm=-0.25),
     "parallel by default": ParallelBeam((6, 8), ANGLES),
-    "parallel through finer pixels": ParallelBeam((6, 8), ANGLES, oversample=2),
+    "parallel through finer pixels": ParallelBeam((6, 8), ANGLES, oversample=2, rays=3),
     "single precision": ParallelBeam((6, 8), ANGLES.float(), backend="matrix"),
     "fan": FanBeam((6, 8), ANGLES, 40.0, 70.0, 0.7, 20, 1.1, True, 0.1),
     "cone": ConeBeam((3, 4, 5), ANGLES, 40.0, 70.0, offset_mm=(0.5, 0.25)),
@@ -259,7 +259,7 @@ def test_a_helix_is_read_in_order(as_bytes: bool, tmp_path: Path) -> None:
 def test_sources_and_elements_are_where_the_tags_say(tmp_path: Path) -> None:
     """In the format's own coordinates: x to the left, y to the back, z to the head."""
     _, A = read_ctpd(scan(tmp_path), shape=(5, 8, 8), voxel_mm=2.0)
-    rays = [part for part in A.scan.rays(10**9)]
+    rays = [part for part in A.scan.lines(10**9)]
     point, direction = (
         torch.from_numpy(np.concatenate([ray[i] for ray in rays])).reshape(
             VIEWS, ROWS, COLUMNS, 3

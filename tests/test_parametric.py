@@ -296,13 +296,40 @@ def test_a_smooth_image_is_projected_nearer_to_the_truth() -> None:
     assert finer < plain / 2
 
 
-@pytest.mark.parametrize("own, other", [(2, 1), (1, 2), (2, 2)])
-def test_another_model_of_the_beam_is_of_the_same_data(own: int, other: int) -> None:
+def test_an_element_is_as_wide_as_it_is() -> None:
+    """The mean of √(2π) s exp(−d²/2s²) over elements as wide as the blob is."""
+    n, s = 24, 2.0
+    angles = torch.linspace(0, torch.pi, 25, dtype=torch.float64)[:-1]
+    beam = ops.ParallelBeam((n, n), angles, detector_mm=3.0, oversample=2)
+    edge = torch.arange(n + 1, dtype=torch.float64) - n / 2
+    across = torch.erf(edge / (2**0.5 * s)).diff() * (torch.pi / 2) ** 0.5 * s
+    ends = (torch.arange(beam.detectors + 1) - beam.detectors / 2) * 3.0
+    true = torch.pi * s**2 * torch.erf(ends.double() / (2**0.5 * s)).diff() / 3.0
+
+    def error(rays: int) -> float:
+        seen = replace(beam, rays=rays)(torch.outer(across, across)[None, None])
+        return float((seen[0, 0] - true).square().mean().sqrt())
+
+    assert error(3) < error(1) / 5
+
+
+@pytest.mark.parametrize(
+    "own, other",
+    [((2, 1), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 2)), ((2, 2), (1, 2))],
+)
+def test_another_model_of_the_beam_is_of_the_same_data(
+    own: tuple[int, int], other: tuple[int, int]
+) -> None:
     angles = torch.linspace(0, torch.pi, 9)[:-1]
-    family = Parametric.views(ops.ParallelBeam((8, 8), angles, oversample=own))
+
+    def views(angles: Tensor, model: tuple[int, int]) -> ops.ParallelBeam:
+        oversample, rays = model
+        return ops.ParallelBeam((8, 8), angles, oversample=oversample, rays=rays)
+
+    family = Parametric.views(views(angles, own))
     some = torch.tensor([5, 1, 6])
     y = torch.randn(2, 1, 3, family.measured[-1], generator=seeded(1))
-    beam = ops.ParallelBeam((8, 8), angles[some], oversample=other)
+    beam = views(angles[some], other)
     rows, same = family.acquired(beam, y)
     assert rows.nonzero()[:, 1].tolist() == [1, 5, 6]
     torch.testing.assert_close(same[:, :, some], y)

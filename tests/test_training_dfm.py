@@ -198,7 +198,9 @@ def test_trained_saved_loaded_and_solved(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(same.samples, got.samples, rtol=1e-4, atol=1e-4)
 
 
-BLOCKS: dict[str, Any] = {"first": {"variation": True, "nonnegative": True}}
+BLOCKS: dict[str, Any] = {
+    "first": {"variation": True, "variation_steps": (25, 5), "nonnegative": True}
+}
 
 
 def blocks(n: int, seed: int) -> Tensor:
@@ -224,7 +226,7 @@ def test_the_first_guess_may_begin_with_total_variation(tmp_path: Path) -> None:
     def left_out(lam: float) -> tuple[float, Tensor]:
         y = family.restrict_data(made.y, C)
         problem = iv.InverseProblem(y, family(C), ops.GaussianNoise(sigma))
-        how = {"steps": 30, "cg_steps": 4, "nonnegative": True}
+        how = {"steps": 25, "cg_steps": 5, "nonnegative": True}
         x = iv.samplers.tv(problem, lam=lam / gain, **how)
         error = family.turned(family.full.apply(x) - made.y).square()
         each = (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1)
@@ -250,6 +252,7 @@ def test_what_it_begins_with_is_kept_in_the_card(tmp_path: Path) -> None:
     assert isinstance(prior, NetworkForwardPrior)
     assert isinstance(made, NetworkForwardPrior)
     assert (prior.variation, prior.nonnegative) == (made.variation, True)
+    assert prior.variation_steps == (25, 5)
     y = prior.whitened(exams.y)
     torch.testing.assert_close(prior.first(y, exams.rows), made.first(y, exams.rows))
     nothing = torch.zeros_like(exams.rows)

@@ -88,6 +88,8 @@ def measured_facts(problem: InverseProblem, *, simulated: bool) -> dict[str, str
         }
         if A.oversample > 1:
             facts["image"] += f", for the rays {A.oversample} times finer"
+        if A.rays > 1:
+            facts["detector"] += f", {A.rays} rays each"
     facts["noise"] = str(noise)
     if isinstance(noise, ops.TransmissionNoise):
         facts["noise"] = f"Poisson, {noise.counts:,.0f} photons through air"

@@ -91,7 +91,7 @@ def _value(kind: type[Geometry], key: str, value: Any) -> Any:
             return _numbers(key, value, detector, float)
         case "voxel_mm" if isinstance(value, list):
             return _numbers(key, value, space, float)
-        case "detectors" | "oversample":
+        case "detectors" | "oversample" | "rays":
             return _number(key, value, int)
         case "curved" | "truncated":
             if not isinstance(value, bool):

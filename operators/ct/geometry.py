@@ -45,6 +45,7 @@ class ParallelBeam(RayTransform):
             go through pixels so many times finer, of the values that `finer_pixels` gives
             them. Where pixels are as wide as the details in them, Joseph's model of a ray,
             for which they are points, errs by as much as low-dose noise.
+        rays: of an element, whose mean is measured, since elements are no points either.
 
     >>> A = ParallelBeam((2, 2), torch.tensor([0.0]), pixel_mm=2.0, detectors=2)
     >>> A
@@ -62,9 +63,10 @@ class ParallelBeam(RayTransform):
     backend: Backend = "auto"
     truncated: bool = False
     oversample: int = 1
+    rays: int = 1
 
     def __post_init__(self) -> None:
-        _check_numbers(self, positive=("shape", "pixel_mm", "oversample"))
+        _check_numbers(self, positive=("shape", "pixel_mm", "oversample", "rays"))
         _check_angles(self.angles)
         radius = hypot(*self.shape) / 2 * self.pixel_mm
         pitch = self.detector_mm or self.pixel_mm
@@ -106,6 +108,7 @@ class ParallelBeam(RayTransform):
             pitch=_floats(self.detector_mm),
             offset=_floats(self.offset_mm),
             oversample=self.oversample,
+            rays=self.rays,
         )
 
 
@@ -140,6 +143,7 @@ class FanBeam(RayTransform):
             go through pixels so many times finer, of the values that `finer_pixels` gives
             them. Where pixels are as wide as the details in them, Joseph's model of a ray,
             for which they are points, errs by as much as low-dose noise.
+        rays: of an element, whose mean is measured, since elements are no points either.
 
     >>> FanBeam((2, 2), torch.tensor([0.0]), 10.0, 20.0, detectors=3)
     FanBeam((2, 2), torch.tensor([0.0]), 10.0, 20.0, detectors=3, detector_mm=2.0)
@@ -157,6 +161,7 @@ class FanBeam(RayTransform):
     backend: Backend = "auto"
     truncated: bool = False
     oversample: int = 1
+    rays: int = 1
 
     def __post_init__(self) -> None:
         _check_numbers(
@@ -167,6 +172,7 @@ class FanBeam(RayTransform):
                 "source_to_axis_mm",
                 "source_to_detector_mm",
                 "oversample",
+                "rays",
             ),
         )
         _check_angles(self.angles)
@@ -218,6 +224,7 @@ class FanBeam(RayTransform):
             source_to_detector=float(self.source_to_detector_mm),
             curved=self.curved,
             oversample=self.oversample,
+            rays=self.rays,
         )
 
 

@@ -3,12 +3,14 @@
 A ray steps through the image from one plane of voxels to the next, along the axis that
 it crosses most of, and interpolates linearly between the voxels of a plane; a step
 weighs as much as it is long in mm. Of a scan that oversamples the planes are those of
-finer pixels, and what gives them their values is multiplied into the matrix.
+finer pixels, and what gives them their values is multiplied into the matrix; so is the
+mean over the rays of an element.
 """
 
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
+from math import ceil
 from time import perf_counter
 from typing import Any
 
@@ -43,10 +45,12 @@ interpolated between five pixels across, and one on each side has a say in their
 
 def matrix_bytes(scan: Scan) -> int:
     """What A and Aᵀ take in float32, at most, known before they are built."""
-    rays, voxels = scan.size
+    rows, voxels = scan.size
     per_plane = 2 ** (len(scan.shape) - 1) if scan.oversample == 1 else SMOOTH
-    entries = rays * max(scan.shape) * per_plane
-    return 2 * (8 * entries) + 4 * (rays + voxels + 2)
+    if scan.rays > 1:  # the outermost rays of an element lie less than its pitch apart
+        per_plane += ceil(scan.pitch[-1] / min(scan.spacing[-2:]) * 2**0.5)
+    entries = rows * max(scan.shape) * per_plane
+    return 2 * (8 * entries) + 4 * (rows + voxels + 2)
 
 
 def joseph(
@@ -148,7 +152,7 @@ def _columns(t: Tensor) -> np.ndarray:
 def _matrix(scan: Scan, dtype: torch.dtype) -> Any:
     import scipy.sparse
 
-    if scan.oversample == 1:
+    if scan.is_plain:
         return _csr(list(_parts(scan, dtype)), scan.size[1])
     # The product of all rays at once would first need their far larger matrix.
     blocks = list(_blocks(scan, dtype))
@@ -156,10 +160,11 @@ def _matrix(scan: Scan, dtype: torch.dtype) -> Any:
     return scipy.sparse.vstack(blocks, "csr")
 
 
-def _parts(scan: Scan, dtype: torch.dtype) -> Iterator[Part]:
+def _parts(scan: Scan, dtype: torch.dtype, together: int = 1) -> Iterator[Part]:
+    """Rows of A in order, some at a time: multiples of ``together``."""
     kind = _kind(dtype)
-    crossings = max(scan.shape) * 2 ** (len(scan.shape) - 1)
-    for point, direction in scan.rays(max(1, CROSSINGS // crossings)):
+    crossings = max(scan.shape) * 2 ** (len(scan.shape) - 1) * together
+    for point, direction in scan.lines(together * max(1, CROSSINGS // crossings)):
         yield joseph(point, direction, scan.shape, scan.spacing, kind)
 
 
@@ -167,15 +172,16 @@ def _kind(dtype: torch.dtype) -> type[np.floating]:
     return np.float64 if dtype == torch.float64 else np.float32
 
 
-def _blocks(scan: Scan, dtype: torch.dtype) -> Iterator[Any]:
-    if scan.oversample > 1:
+def _blocks(scan: Scan, dtype: torch.dtype, together: int = 1) -> Iterator[Any]:
+    """Rows of A in order, as many at a time as may be held: multiples of ``together``."""
+    if not scan.is_plain:
         finer = _finer(scan, dtype)
-        for block in _blocks(scan.finer, dtype):
-            yield block @ finer
+        for block in _blocks(scan.finer, dtype, scan.rays):
+            yield _means(block, scan.rays) @ finer
         return
     held: list[Part] = []
     entries = 0
-    for part in _parts(scan, dtype):
+    for part in _parts(scan, dtype, together):
         held.append(part)
         entries += len(part[1])
         if entries > ENTRIES:
@@ -183,6 +189,15 @@ def _blocks(scan: Scan, dtype: torch.dtype) -> Iterator[Any]:
             held, entries = [], 0
     if held:
         yield _csr(held, scan.size[1])
+
+
+def _means(rows: Any, together: int) -> Any:
+    """Of neighbouring rows, so many each."""
+    import scipy.sparse
+
+    each = np.full((1, together), 1 / together, rows.dtype)
+    elements = scipy.sparse.identity(rows.shape[0] // together, rows.dtype)
+    return scipy.sparse.kron(elements, each, "csr") @ rows
 
 
 def _finer(scan: Scan, dtype: torch.dtype) -> Any:

@@ -28,6 +28,7 @@ class Scan:
         curved: whether the detector's rows are arcs around the source.
         travel: of source and detector along the slices, in mm per turn.
         oversample: into how many pixels a side each is divided for the rays.
+        rays: of an element of the detector, along its columns; their mean is measured.
     """
 
     shape: tuple[int, ...]
@@ -41,14 +42,26 @@ class Scan:
     curved: bool = False
     travel: float = 0.0
     oversample: int = 1
+    rays: int = 1
 
     @property
     def finer(self) -> "Scan":
-        """The same rays through pixels ``oversample`` times finer."""
-        k = self.oversample
-        shape = tuple(n * k for n in self.shape)
-        spacing = tuple(mm / k for mm in self.spacing)
-        return replace(self, shape=shape, spacing=spacing, oversample=1)
+        """Each ray an element of its own, through pixels ``oversample`` times finer."""
+        k, m = self.oversample, self.rays
+        return replace(
+            self,
+            shape=tuple(n * k for n in self.shape),
+            spacing=tuple(mm / k for mm in self.spacing),
+            detectors=(*self.detectors[:-1], self.detectors[-1] * m),
+            pitch=(*self.pitch[:-1], self.pitch[-1] / m),
+            oversample=1,
+            rays=1,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether pixels are points and elements too."""
+        return self.oversample == self.rays == 1
 
     @property
     def is_parallel(self) -> bool:
@@ -82,7 +95,7 @@ class Scan:
         """How far the table has travelled at each view, in mm."""
         return np.array(self.angles) * (self.travel / (2 * pi))
 
-    def rays(self, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def lines(self, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A point and a direction of every ray, at most so many rays at a time.
 
         In the order of the measurements: by views, then rows, then columns. Directions

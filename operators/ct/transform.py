@@ -98,6 +98,16 @@ class RayTransform(LinearOperator):
     def _backward(self, y: Tensor) -> Tensor:
         return self._project(y, self.measurement_shape, self.image_shape, forward=False)
 
+    def _astra_forward(self, items: Tensor) -> Tensor:
+        fine = self._pixels.apply(items) if self._pixels else items
+        out = astra.project(self.scan.finer, fine, forward=True)
+        return out.unflatten(-1, (-1, self.scan.rays)).mean(-1)
+
+    def _astra_backward(self, items: Tensor) -> Tensor:
+        each = items.repeat_interleave(self.scan.rays, -1) / self.scan.rays
+        out = astra.project(self.scan.finer, each, forward=False)
+        return self._pixels.adjoint(out) if self._pixels else out
+
     def _project(
         self, t: Tensor, given: tuple[int, ...], made: tuple[int, ...], *, forward: bool
     ) -> Tensor:
@@ -106,12 +116,8 @@ class RayTransform(LinearOperator):
             case "astra":
                 where = self.angles.device if self._on_gpu() else "cpu"
                 items = t.detach().to(where).reshape(-1, *given)
-                if forward and self._pixels:
-                    items = self._pixels.apply(items)
-                out = astra.project(self.scan.finer, items, forward=forward)
-                if not forward and self._pixels:
-                    out = self._pixels.adjoint(out)
-                out = out.to(t)
+                by_astra = self._astra_forward if forward else self._astra_backward
+                out = by_astra(items).to(t)
             case "matrix-free":
                 blocks = joseph.apply_in_blocks if forward else joseph.adjoint_in_blocks
                 out = blocks(self.scan, t.reshape(-1, prod(given)))
