@@ -50,6 +50,7 @@ class ForwardPrior(Prior):
         gain: an image in its own unit over the network's.
         target_rows: how many rows a target has.
         context_rows: the largest context that was trained with.
+        blind: whether it was trained without context as well, as guidance needs it.
     """
 
     family: Parametric
@@ -58,6 +59,7 @@ class ForwardPrior(Prior):
     gain: float
     target_rows: int
     context_rows: int
+    blind: bool = True
 
     @abstractmethod
     def guess(self, y: Tensor, context: Rows) -> Tensor:
@@ -254,7 +256,7 @@ class NetworkForwardPrior(ForwardPrior):
         sigma: σ_y.
         whitening: W.
         gain: an image in its own unit over the network's.
-        target_rows, context_rows: as trained.
+        target_rows, context_rows, blind: as trained.
         steps: of conjugate gradients.
         floor: the least noise, in whitened units, that a solve reckons with: few steps
             of conjugate gradients cannot tell less.
@@ -274,6 +276,7 @@ class NetworkForwardPrior(ForwardPrior):
         gain: float = 1.0,
         target_rows: int = 1,
         context_rows: int = 1,
+        blind: bool = True,
         steps: int = 8,
         floor: float = 0.05,
         variation: float = 0.0,
@@ -286,6 +289,7 @@ class NetworkForwardPrior(ForwardPrior):
         self.variation, self.nonnegative = variation, nonnegative
         self.variation_steps = tuple(variation_steps)
         self.target_rows, self.context_rows = target_rows, context_rows
+        self.blind = blind
         self.sigma_min, self.sigma_max = 0.01, 20.0
         metrics = (self.W**-2, torch.ones_like(self.W))
         self.ridges = [RIDGE * self._energy(metric) for metric in metrics]
@@ -409,7 +413,8 @@ class RenderedForwardPrior(ForwardPrior):
     Args:
         family: the operators.
         head: the network; of c channels of the signal and 4 pictures a row.
-        sigma, whitening, gain, target_rows, context_rows: as `NetworkForwardPrior`'s.
+        sigma, whitening, gain, target_rows, context_rows, blind: as
+            `NetworkForwardPrior`'s.
     """
 
     def __init__(
@@ -422,10 +427,12 @@ class RenderedForwardPrior(ForwardPrior):
         gain: float = 1.0,
         target_rows: int = 1,
         context_rows: int = 1,
+        blind: bool = True,
     ) -> None:
         self.family, self.head, self.sigma = family, head, sigma
         self.whitening, self.gain = whitening, gain
         self.target_rows, self.context_rows = target_rows, context_rows
+        self.blind = blind
         self.sigma_min, self.sigma_max = 0.01, 20.0
 
     def guess(self, y: Tensor, context: Rows) -> Tensor:
@@ -539,6 +546,7 @@ def stored(
         "scale": prior.gain,
         "target_rows": prior.target_rows,
         "context_rows": prior.context_rows,
+        "blind": prior.blind,
         **_begins(vars(prior)),
     }
     return {k: v.contiguous() for k, v in state.items()}, card
@@ -569,6 +577,7 @@ def load_state(state: State, card: Card) -> LearntPrior:
             gain=float(card["scale"]),
             target_rows=int(card["target_rows"]),
             context_rows=int(card["context_rows"]),
+            blind=bool(card.get("blind", True)),
             **_begins(card),
         )
     except KeyError as error:

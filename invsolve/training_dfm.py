@@ -72,7 +72,8 @@ class Split(Section):
     centre: int = Field(default=0, ge=0)
     """Columns around the centre of k-space that are always context."""
     dropout: float = Field(default=0.1, ge=0, le=1)
-    """The part of the exams whose context is not told, for guidance."""
+    """The part of the exams whose context is not told, for guidance. A signal from nothing
+    errs so much that these may be most of the loss: 0 where guidance is not needed."""
 
     @model_validator(mode="after")
     def _grows(self) -> "Split":
@@ -317,6 +318,7 @@ def maker(
             gain=config.scale,
             target_rows=split.target,
             context_rows=split.context[1],
+            blind=split.dropout > 0,
             **more,
         )
 

@@ -152,7 +152,7 @@ def beams() -> Parametric:
     return Parametric.views(ops.ParallelBeam((8, 8), angles))
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "network": {"widths": [8, 16], "groups": 4},
     "optimisation": {"images": 16, "batch": 4, "warmup": 1},
     "checkpoints": 2,
@@ -245,7 +245,8 @@ def test_the_first_guess_may_begin_with_total_variation(tmp_path: Path) -> None:
 
 def test_what_it_begins_with_is_kept_in_the_card(tmp_path: Path) -> None:
     exams_in(tmp_path, beams())
-    setup = config(tmp_path, **{**SMALL, **BLOCKS})
+    always = {"split": {**SMALL["split"], "dropout": 0.0}}
+    setup = config(tmp_path, **{**SMALL, **BLOCKS, **always})
     prior = iv.priors.load(train_dfm(setup, tmp_path / "out", seed=0))
     exams = load_exams(tmp_path / "train.npz")
     made = maker(exams, setup, torch.device("cpu"))(training_dfm.unchanged)
@@ -253,6 +254,12 @@ def test_what_it_begins_with_is_kept_in_the_card(tmp_path: Path) -> None:
     assert isinstance(made, NetworkForwardPrior)
     assert (prior.variation, prior.nonnegative) == (made.variation, True)
     assert prior.variation_steps == (25, 5)
+    C, noise = exams.rows[:1], ops.GaussianNoise(0.05)
+    problem = iv.InverseProblem(exams.y[:1], prior.family(C), noise)
+    with pytest.raises(
+        ValueError, match=r"leave guidance out, or train with split\.drop"
+    ):
+        iv.solve(problem, prior, iv.samplers.dfm, guidance=2.0, generator=seeded(1))
     y = prior.whitened(exams.y)
     torch.testing.assert_close(prior.first(y, exams.rows), made.first(y, exams.rows))
     nothing = torch.zeros_like(exams.rows)

@@ -72,9 +72,14 @@ def dfm(
 
     Raises:
         ValueError: the prior is of another kind, was trained for another geometry or
-            another noise, or knows no closing draw.
+            another noise or always with its context, or knows no closing draw.
     """
     model, tally = forward_prior(prior)
+    if guidance != 1 and not model.blind:
+        raise ValueError(
+            "this prior was never trained without context: leave guidance out, or train "
+            "with split.dropout above 0"
+        )
     family, y = model.family, problem.y
     context, y = family.acquired(problem.operator, y, model.gain)
     _check_noise(problem, model)
