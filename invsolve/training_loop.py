@@ -174,7 +174,7 @@ def fit(
         others = [k for k in {**before, **told} if before.get(k) != told.get(k)]
         if others:
             raise ValueError(
-                f"{checkpoint} was trained with another {', '.join(others)}: choose "
+                f"{checkpoint} is of a run that differs in {', '.join(others)}: choose "
                 "another --out"
             )
         net.load_state_dict(state["net"])

@@ -640,7 +640,7 @@ def test_a_checkpoint_of_another_network_is_refused(
 ) -> None:
     train(config, tmp_path / "out", seed=0, stop=after(1))
     other = config.model_copy(update={"network": {"widths": [8, 8], "groups": 4}})
-    with pytest.raises(ValueError, match="of another network"):
+    with pytest.raises(ValueError, match="differs in widths: choose"):
         train(other, tmp_path / "out", seed=0)
 
 

@@ -148,7 +148,7 @@ def test_the_first_and_the_last_kernel_are_none_of_muon_s() -> None:
 
 def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path: Path) -> None:
     adamw = run(tmp_path)
-    with pytest.raises(ValueError, match="with another optimizer: choose"):
+    with pytest.raises(ValueError, match="differs in optimizer: choose"):
         run(tmp_path, optimizer="muon")
     assert same(adamw, run(tmp_path))
 

@@ -279,7 +279,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
     a, b = (p.with_suffix(".safetensors").read_bytes() for p in (whole, cut))
     assert a == b
     exams_in(tmp_path, beams(), 9)
-    with pytest.raises(ValueError, match="of another network"):
+    with pytest.raises(ValueError, match="differs in exams: choose"):
         train_dfm(setup, tmp_path / "cut", seed=0)
 
 
