@@ -33,16 +33,16 @@ from invsolve.forward_prior import NetworkForwardPrior, UNetHead
 from invsolve.operators.parametric import Rows
 from invsolve.priors import AffineMap, Prior
 from invsolve.priors.schedules import karras_sigmas
+from invsolve.priors.weights import sha256
 from invsolve.random import randn_like
 from invsolve.samplers.core import ddim, transitions
 from invsolve.shapes import per_item
 from invsolve.training import log_normal, shown
 from invsolve.training_dfm import (
     DFMConfig,
-    Weights,
-    dfm_losses,
     divided,
     maker,
+    misfit,
     network_of,
     unchanged,
     whitened,
@@ -76,31 +76,31 @@ class Setting:
 def setting(kind: str, data: Path) -> Setting:
     """Of ``ct`` or ``mr``."""
     config = DFMConfig.read(Path(__file__).parents[1] / "configs" / CONFIGS[kind])
-    exams, val = (
-        load_exams(data / "exams" / f"{kind}-{p}.npz") for p in ("train", "val")
-    )
+    exams, val = (load_exams(exams_file(data, kind, p)) for p in ("train", "val"))
     return Setting(
         config, cast(Make, maker(exams, config, torch.device("cpu"))), exams, val
     )
 
 
+def exams_file(data: Path, kind: str, part: str = "train") -> Path:
+    """What `make_exams` wrote."""
+    return data / "exams" / f"{kind}-{part}.npz"
+
+
 # --- the mean alone
 
 
-DFM = ("x", "context", "target", "novel", "s", "noise")
-"""What of a batch `dfm_losses` takes."""
-
-
-def split_of(prior: NetworkForwardPrior, rows: Batch) -> Tensor:
-    """What the guess says of rows that it did not see, of whitened measurements."""
-    weights = Weights(target=0, novel=0)
-    return dfm_losses(prior, weights=weights, **{k: rows[k] for k in DFM})["guess"]
+def split(prior: NetworkForwardPrior, guess: Tensor, rows: Batch) -> Tensor:
+    """What a guess says of rows that it did not see, of whitened measurements."""
+    told = rows["target"] | rows["novel"]
+    return misfit(prior, prior.measure(guess) - rows["x"], told)
 
 
 def split_loss(make: Make, net: Any, **rows: Tensor) -> Tensor:
     """What the guess says of rows that it did not see."""
     prior = make(net)
-    return split_of(prior, whitened(prior, rows))
+    some = whitened(prior, rows)
+    return split(prior, prior.guess(some["x"], some["context"]), some)
 
 
 def ei_loss(make: Make, net: Any, **rows: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def ei_loss(make: Make, net: Any, **rows: Tensor) -> Tensor:
     loss: Any = EILoss(cast(Any, moved))
     guess = prior.guess(rows["x"], C)
     again = loss(x_net=guess, physics=device, model=reconstructed)
-    return split_of(prior, rows) + again / VARIANCE
+    return split(prior, guess, rows) + again / VARIANCE
 
 
 VARIANCE = 0.01
@@ -309,7 +309,7 @@ def train(args: argparse.Namespace) -> None:
             Plan(at.config.optimisation),
             out / "checkpoint.pt",
             out / "losses.csv",
-            told={"name": name, "kind": args.kind},
+            told={"name": name, "exams": sha256(exams_file(args.data, args.kind))},
             seed=args.seed,
             every=at.config.optimisation.images // 10,
             progress=partial(tqdm, desc=out.name, delay=1),
