@@ -589,6 +589,7 @@ def load_state(state: State, card: Card) -> LearntPrior:
 
 
 BEGINS = ("variation", "variation_steps", "nonnegative")
+"""What a card tells of the total variation that a network begins with."""
 
 
 def _begins(told: Mapping[str, Any]) -> dict[str, Any]:

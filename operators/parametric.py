@@ -363,10 +363,11 @@ class Parametric:
 
     def _otherwise_modelled(self) -> Iterator["Parametric"]:
         """Families of views whose pixels, or elements, are points where these are not."""
-        for model in MODELS if self.words["rows"] == "views" else ():
-            words = {**self.words, **model}
-            if words != self.words:
-                yield self.from_words(words).to(self.device)
+        if self.words.get("rows") != "views":
+            return
+        for model in MODELS:
+            if any(self.words[key] != value for key, value in model.items()):
+                yield self.from_words({**self.words, **model}).to(self.device)
 
     def _acquired(self, A: Operator, y: Y, gain: float) -> "Acquired":
         real = y.real if y.is_complex() else y

@@ -235,6 +235,8 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="another geometry"):
         family.acquired(ops.Identity(), y)
     with pytest.raises(ValueError, match="another geometry"):
+        Parametric(ops.Identity(), (1, H, W), (H, W), (-1,)).acquired(other, y)
+    with pytest.raises(ValueError, match="another geometry"):
         family(torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="lacks 'shape'"):
         Parametric.from_words({"rows": "lines"})
@@ -297,7 +299,7 @@ def test_a_smooth_image_is_projected_nearer_to_the_truth() -> None:
 
 
 def test_an_element_is_as_wide_as_it_is() -> None:
-    """The mean of √(2π) s exp(−d²/2s²) over elements as wide as the blob is."""
+    """The mean of √(2π) s exp(−d²/2s²) over an element of 1.5 s."""
     n, s = 24, 2.0
     angles = torch.linspace(0, torch.pi, 25, dtype=torch.float64)[:-1]
     beam = ops.ParallelBeam((n, n), angles, detector_mm=3.0, oversample=2)

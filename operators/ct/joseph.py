@@ -175,9 +175,10 @@ def _kind(dtype: torch.dtype) -> type[np.floating]:
 def _blocks(scan: Scan, dtype: torch.dtype, together: int = 1) -> Iterator[Any]:
     """Rows of A in order, as many at a time as may be held: multiples of ``together``."""
     if not scan.is_plain:
-        finer = _finer(scan, dtype)
+        finer = _finer(scan, dtype) if scan.oversample > 1 else None
         for block in _blocks(scan.finer, dtype, scan.rays):
-            yield _means(block, scan.rays) @ finer
+            rows = _means(block, scan.rays) if scan.rays > 1 else block
+            yield rows if finer is None else rows @ finer
         return
     held: list[Part] = []
     entries = 0

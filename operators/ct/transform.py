@@ -101,10 +101,12 @@ class RayTransform(LinearOperator):
     def _astra_forward(self, items: Tensor) -> Tensor:
         fine = self._pixels.apply(items) if self._pixels else items
         out = astra.project(self.scan.finer, fine, forward=True)
-        return out.unflatten(-1, (-1, self.scan.rays)).mean(-1)
+        rays = self.scan.rays
+        return out if rays == 1 else out.unflatten(-1, (-1, rays)).mean(-1)
 
     def _astra_backward(self, items: Tensor) -> Tensor:
-        each = items.repeat_interleave(self.scan.rays, -1) / self.scan.rays
+        rays = self.scan.rays
+        each = items if rays == 1 else items.repeat_interleave(rays, -1) / rays
         out = astra.project(self.scan.finer, each, forward=False)
         return self._pixels.adjoint(out) if self._pixels else out
 
