@@ -96,6 +96,10 @@ class CountedOperator(Operator):
     def __init__(self, inner: Operator, tally: Tally) -> None:
         self.inner, self.tally = inner, tally
 
+    def items(self, index: Tensor, ndim: int) -> "CountedOperator":
+        inner = self.inner.items(index, ndim)
+        return self if inner is self.inner else CountedOperator(inner, self.tally)
+
     def apply(self, x: X) -> Y:
         self.tally.applies += len(x)
         with self.tally.operator():
@@ -152,6 +156,10 @@ class CountedLinear(Around):
 
     def __init__(self, inner: LinearOperator, tally: Tally) -> None:
         self.inner, self.tally = inner, tally
+
+    def items(self, index: Tensor, ndim: int) -> "CountedLinear":
+        inner = self.inner.items(index, ndim)
+        return self if inner is self.inner else CountedLinear(inner, self.tally)
 
     @property
     def is_unitary(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

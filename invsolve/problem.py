@@ -27,8 +27,9 @@ class InverseProblem:
 
     Args:
         y: (batch, …), as ``operator`` gives them.
-        operator: A, the same for every item: one of ours, a physics of deepinv's, or
-            any object with ``A(x)`` and ``A_adjoint(y)``, which becomes one of ours.
+        operator: A: one of ours, a physics of deepinv's, or any object with ``A(x)`` and
+            ``A_adjoint(y)``, which becomes one of ours. The same for every item, or
+            with a `Mask` for each.
         noise: p(y | A(x)), in the measurements' unit.
 
     Raises:
@@ -141,7 +142,8 @@ class InverseProblem:
 
     def items(self, index: Tensor) -> "InverseProblem":
         """The problem of some of the batch's items; an item may be named repeatedly."""
-        return replace(self, y=self.y[index.to(self.y.device)])
+        some = self.y[index.to(self.y.device)]
+        return replace(self, y=some, operator=self.operator.items(index, some.ndim))
 
     def to(self, device: torch.device) -> "InverseProblem":
         """The same problem on a device."""

@@ -182,7 +182,7 @@ def solve(
     volumes = False
     if prior is not None:
         given = isinstance(init, Tensor)
-        like = init if given else local.operator.image_like(local.y[:1])
+        like = init if given else local.items(torch.tensor([0])).image_like()
         prior.check(tuple(like.shape[1:]))
         volumes = like.ndim == 5
         del like  # which would be one volume more until the end

@@ -21,7 +21,7 @@ INEXACT_STEPS = 20
 
 
 class Operator(ABC):
-    """A forward map A: X → Y, the same for every item of the batch.
+    """A forward map A: X → Y, the same for every item of the batch unless it says so.
 
     Images are (batch, channels, *space), measurements (batch, …). Operators are frozen
     values: their fields are their parameters, and nothing changes them.
@@ -80,6 +80,26 @@ class Operator(ABC):
     def check_measurements(self, y: Tensor) -> None:
         """Refuse, with a ValueError that says why, what cannot have been measured."""
         _check(y, self.measurement_shape, "measurements", type(self).__name__)
+
+    def items(self: Same, index: Tensor, ndim: int) -> Same:
+        """The operator of some of the batch's items; itself, where it is one for all.
+
+        Here: of the operators that it is made of. One that has parameters for each item
+        knows better.
+
+        Args:
+            index: of the items; one may be named repeatedly.
+            ndim: how many dimensions measurements have, the batch among them.
+        """
+        if not is_dataclass(self):
+            return self
+        parts = {
+            f.name: (part, part.items(index, ndim))
+            for f in fields(self)
+            if f.init and isinstance(part := getattr(self, f.name), Operator)
+        }
+        changed = {k: some for k, (all_, some) in parts.items() if some is not all_}
+        return replace(self, **changed) if changed else self
 
     def to(self: Same, device: torch.device) -> Same:
         """The same operator with its tensors on a device."""
@@ -219,6 +239,8 @@ class LinearOperator(Operator):
             return 1.0
         like = self._an_image() if like is None else like
         start = randn_like(like[:1], Generator().manual_seed(0))
+        if self.items(torch.tensor([0]), like.ndim) is not self:
+            start = start.expand_as(like)  # the largest of all items'
         value = largest_eigenvalue(self.normal, start, max_steps=max_steps, rtol=rtol)
         return float(value) ** 0.5
 

@@ -21,8 +21,9 @@ class Mask(LinearOperator):
     """y = m ⊙ x.
 
     Args:
-        mask: m, of an image's shape or one that broadcasts to it. Unitless; 0 hides
-            a pixel and 1 shows it, and values between them weight it.
+        mask: m, of an image's shape or one that broadcasts to it, or (batch, channels,
+            *space) with one for each item. Unitless; 0 hides a pixel and 1 shows it,
+            and values between them weight it.
 
     >>> A = Mask(torch.tensor([1.0, 0.0, 2.0]))
     >>> A(torch.ones(1, 3))
@@ -185,6 +186,22 @@ class Mask(LinearOperator):
         order = torch.randperm(len(others), generator=generator)
         columns[others[order[: kept - middle]]] = True
         return cls(columns.expand(h, w).clone())
+
+    def check_measurements(self, y: Tensor) -> None:
+        super().check_measurements(y)
+        if self._each_has_its_own(y.ndim) and len(y) != len(self.mask):
+            raise ValueError(
+                f"a Mask of {len(self.mask)} items was given measurements of {len(y)}: "
+                "give a mask for each item, or one for all"
+            )
+
+    def items(self, index: Tensor, ndim: int) -> "Mask":
+        if not self._each_has_its_own(ndim):
+            return self
+        return Mask(self.mask[index.to(self.mask.device)])
+
+    def _each_has_its_own(self, ndim: int) -> bool:
+        return self.mask.ndim == ndim and len(self.mask) > 1
 
     def apply(self, x: X) -> Y:
         return self._mask(x) * x

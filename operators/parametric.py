@@ -341,7 +341,9 @@ class Parametric:
         return basis.to(self.device)
 
     def acquired(self, A: Operator, y: Y, gain: float = 1.0) -> "Acquired":
-        """What an operator's measurements are in this family; one φ for all items.
+        """What an operator's measurements are in this family.
+
+        One φ holds for all items, unless the operator has one for each.
 
         Args:
             A: u ↦ A_φ(gain u), or its rows alone (a beam of these views), in any order,
@@ -376,18 +378,20 @@ class Parametric:
             "the operator is not one of those that were trained for: it has another "
             "geometry; its rows must be among prior.family's"
         )
+        each = A.items(torch.zeros(1, dtype=torch.long), y.ndim) is not A
         try:
-            seen, all_ = A.apply(x), self.full.apply(gain * x)
+            seen = A.apply(x.expand(len(y), *x.shape[1:]) if each else x)
+            all_ = self.full.apply(gain * x)
         except (ValueError, RuntimeError) as error:
             raise told from error
-        if seen.shape != all_.shape:
+        if seen.shape[1:] != all_.shape[1:]:
             at = self._places(seen, all_)
             if at is None:
                 raise told
             seen, y = (self._scattered(v, at) for v in (seen, y))
         rows = self.gather(seen) > 0
         expected = torch.where(self.spread(rows), all_, 0)
-        if not rows.any():
+        if not rows.flatten(1).any(1).all():
             raise ValueError("the operator acquires no row: there is no context")
         far = (seen - expected).abs().max() / all_.abs().max()
         if far > 1e-4:

@@ -74,6 +74,12 @@ class Stack(LinearOperator):
             )
         return torch.cat([part.flatten(1) for part in parts], 1)
 
+    def items(self, index: Tensor, ndim: int) -> "Stack":
+        parts = zip(self.operators, self._part_shapes, strict=True)
+        some = [A.items(index, 1 + len(shape)) for A, shape in parts]
+        same = all(one is A for one, A in zip(some, self.operators, strict=True))
+        return self if same else replace(self, operators=some)
+
     def to(self, device: torch.device) -> "Stack":
         return replace(self, operators=[A.to(device) for A in self.operators])
 
@@ -100,7 +106,8 @@ class Stack(LinearOperator):
         tensor = next(tensors(self.operators), None)
         device = torch.device("cpu") if tensor is None else tensor.device
         x = torch.zeros(1, *self.shape, dtype=dtype, device=device)
-        parts = [A(x) for A in self.operators]
+        first = torch.zeros(1, dtype=torch.long, device=device)
+        parts = [A.items(first, x.ndim)(x) for A in self.operators]
         if len({part.is_complex() for part in parts}) > 1:
             raise ValueError(
                 "a Stack measures real or complex numbers, not both: "

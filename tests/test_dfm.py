@@ -201,6 +201,28 @@ def test_solve_gives_each_sample_its_own_stream_and_counts() -> None:
     assert (four.samples[0] != four.samples[1]).any()
 
 
+def test_each_item_may_have_rows_of_its_own() -> None:
+    """Three acquired two, three or five of six rows, and targets have two."""
+    prior = gaussian(0.3)
+    seen = torch.cat([C, rows(1, 3, 4), rows(0, 1, 2, 4, 5)])
+    y = FAMILY.restrict_data(Y.expand(3, -1, -1, -1), seen)
+    how: dict[str, Any] = {"steps": 20, "targets": "all", "closing": "gaussian"}
+
+    def drawn(y: Tensor, seen: Tensor, items: slice) -> Tensor:
+        problem = iv.InverseProblem(y, FAMILY(seen), ops.GaussianNoise(0.3))
+        streams = [seeded(i) for i in range(3)][items]
+        return dfm(problem, prior, generator=streams, **how)
+
+    together = drawn(y, seen, slice(None))
+    first = drawn(y[:1], seen[:1], slice(0, 1))
+    torch.testing.assert_close(together[:1], first)
+    problem = iv.InverseProblem(y, FAMILY(seen), ops.GaussianNoise(0.3))
+    means = iv.solve(problem, prior, dfm, targets=0, generator=seeded()).mean
+    for mean, own, acquired in zip(means, y, seen, strict=True):
+        exact = posterior_mean(prior, own, acquired)
+        torch.testing.assert_close(mean.flatten(), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_k_space_lines_and_views_give_their_posterior() -> None:
     angles = torch.linspace(0, math.pi, 7)[:-1]
     for family in (

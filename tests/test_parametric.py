@@ -166,8 +166,11 @@ def test_with_its_density_a_whole_scan_is_nearly_an_isometry() -> None:
     assert likeness(flat) < 0.8
 
 
-def test_what_was_acquired_is_read_off_the_operator(family: Parametric) -> None:
-    rows = some(family, 1)
+@pytest.mark.parametrize("sets", [1, 4])
+def test_what_was_acquired_is_read_off_the_operator(
+    family: Parametric, sets: int
+) -> None:
+    rows = some(family, sets)
     y = family(rows).apply(images(family))
     A = family(rows)
     assert isinstance(A, ops.LinearOperator)

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torch.testing import assert_close
 
 from invsolve import InverseProblem, operators as ops
+from invsolve.counting import Tally, counted
 from invsolve.priors import AffineMap
 from invsolve.random import Randomness
 
@@ -198,6 +199,64 @@ def test_items_are_problems_of_their_own(make: Make, generator: Generator) -> No
     x, index = image(generator), torch.tensor([2, 0, 0, 1])
     assert_close(p.items(index).misfit(x[index]), p.misfit(x)[index])
     assert_close(p.items(index).misfit_grad(x[index]), p.misfit_grad(x)[index])
+
+
+BEAM_OF_MASKED = ops.ParallelBeam((6, 8), torch.linspace(0, 2.5, 6), detectors=8)
+
+
+def each_its_own(g: Generator) -> ops.Mask:
+    """A mask for each item."""
+    return ops.Mask((torch.rand(SHAPE, generator=g) < 0.5).double())
+
+
+OF_EACH: dict[str, Callable[[ops.Mask], ops.Operator]] = {
+    "mask": lambda m: m,
+    "scaled": lambda m: 2.0 * m,
+    "k-space": lambda m: m @ ops.Fourier() @ ops.RealImage(),
+    "nonlinear": lambda m: Square() @ m,
+    "channels": lambda m: ops.OnChannels(m, (0,), 1),
+    "stack": lambda m: ops.Stack([m, ops.Identity()], SHAPE[1:]),
+    "counted": lambda m: counted(m, Tally()),
+    "counted, nonlinear": lambda m: counted(Square() @ m, Tally()),
+}
+
+
+@pytest.mark.parametrize("of", OF_EACH.values(), ids=OF_EACH)
+def test_items_keep_their_own_masks(
+    of: Callable[[ops.Mask], ops.Operator], generator: Generator
+) -> None:
+    A, x, index = of(each_its_own(generator)), image(generator), torch.tensor([2, 0, 2])
+    y = A.apply(x)
+    p = InverseProblem(y, A, ops.GaussianNoise(0.3))
+    assert_close(p.items(index).operator.apply(x[index]), y[index])
+    one_for_all = of(ops.Mask(each_its_own(generator).mask[0]))
+    assert one_for_all.items(index, y.ndim) is one_for_all
+
+
+def test_the_norm_is_the_largest_of_all_items(generator: Generator) -> None:
+    A, like = each_its_own(generator) @ BEAM_OF_MASKED, image(generator)
+    each = [
+        A.items(torch.tensor([i]), 4).norm(like[:1], max_steps=2000, rtol=1e-12)
+        for i in range(3)
+    ]
+    assert A.norm(like, max_steps=2000, rtol=1e-12) == pytest.approx(
+        max(each), rel=1e-6
+    )
+
+
+def test_channels_of_volumes_are_no_items(generator: Generator) -> None:
+    mask = ops.Mask(torch.rand(2, 3, 4, 4, generator=generator))
+    volumes = torch.ones(3, 2, 3, 4, 4)
+    p = InverseProblem(mask(volumes), mask, ops.GaussianNoise(0.3))
+    assert p.items(torch.tensor([0])).operator is mask
+
+
+def test_a_mask_for_each_of_other_items_is_refused(generator: Generator) -> None:
+    y = image(generator)[:2]
+    with pytest.raises(
+        ValueError, match="a Mask of 3 items was given measurements of 2"
+    ):
+        InverseProblem(y, each_its_own(generator), ops.GaussianNoise(0.3))
 
 
 def test_moving_to_a_device_changes_nothing(generator: Generator) -> None:

@@ -59,6 +59,23 @@ every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
 @every_sampler
+def test_each_item_may_have_a_mask_of_its_own(
+    sampler: Callable[..., Tensor], generator: Generator
+) -> None:
+    """Of more items than go through the network at once."""
+    prior = image_prior(generator)
+    x = prior.sample(20, generator=generator)
+    masks = (torch.rand(x.shape, generator=generator) < 0.6).double()
+    noise = GaussianNoise(0.1)
+    problem = InverseProblem(masks * x, Mask(masks), noise)
+    found = solve(problem, prior, sampler, samples=2, generator=seeded()).samples
+    for i in (3, 17):
+        one = InverseProblem(problem.y[i][None].expand_as(x), Mask(masks[i]), noise)
+        alone = solve(one, prior, sampler, samples=2, generator=seeded()).samples
+        close(found[:, i], alone[:, i])
+
+
+@every_sampler
 def test_nothing_depends_on_the_chunks(
     sampler: Callable[..., Tensor], generator: Generator
 ) -> None:

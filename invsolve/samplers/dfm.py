@@ -176,8 +176,8 @@ def _targets(
     y: Tensor,
     generator: Randomness,
 ) -> list[Tensor]:
-    missing = ~acquired.flatten()
-    left = int(missing.sum())
+    missing = ~acquired.flatten(1)
+    left = missing.sum(1, keepdim=True)
     if not isinstance(targets, int | str):
         given = [T[None] for T in targets]
         for T in given:
@@ -185,21 +185,21 @@ def _targets(
             if (T & acquired).any():
                 raise ValueError("a target has rows that were acquired: leave them out")
         return given
-    most = -(-left // size)
+    most = -(-int(left.max()) // size)
     count = most if targets == "all" else int(targets)
     if count < 0:
         raise ValueError(f"targets must be 0 or more, got {targets}")
-    if left == 0 or count == 0:
+    if most == 0 or count == 0:
         return []
 
     def chance(like: Tensor, g: Generator) -> Tensor:
         return torch.rand(like.shape, generator=g, device=g.device)
 
     # Drawn for each item, as they were in training.
-    order = draw(chance, torch.zeros(len(y), len(missing)), generator).to(y.device)
+    order = draw(chance, torch.zeros(len(y), missing.shape[1]), generator).to(y.device)
     order = order.masked_fill(~missing, 2.0).argsort(1).argsort(1)
     groups = [
-        (order >= k * size) & (order < min((k + 1) * size, left))
+        (order >= k * size) & (order < left.clamp_max((k + 1) * size))
         for k in range(min(count, most))
     ]
     return [group.reshape(len(y), *family.grid) for group in groups]
