@@ -7,9 +7,10 @@
 
 ``exact``: a Gaussian of six coordinates, two measured, where all is known.
 CT: slices of OpenKBP's validation patients (real CT, the first nine for tuning, the rest
-reported) from 8 even views of 48, measured on a finer grid. Brain MR: simulated heads that
-no prior saw, 8 of 64 columns of k-space with the middle four. Nothing but the oracle was
-trained on images. Each result is kept as it comes; the same call goes on.
+reported), each from 8 of 48 views: random ones, as in an exam, or with ``--even`` evenly
+spread; measured on a finer grid. Brain MR: simulated heads that no prior saw, 8 of 64
+columns of k-space with the middle four. Nothing but the oracle was trained on images. Each
+result is kept as it comes; the same call goes on.
 """
 
 import argparse
@@ -22,16 +23,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from ct_headneck import machine, put
 from dfm_baselines import Ambient, Oracle, Setting, setting, trained
 from make_exams import (
     CT_SIGMA,
+    MODEL,
     MR_SIGMA,
-    OVERSAMPLE,
     SLICES,
+    VIEWS,
     ct_beam,
     ct_sinograms,
     families,
@@ -47,6 +49,7 @@ from invsolve.forward_prior import GaussianForwardPrior, NetworkForwardPrior
 from invsolve.linalg import cg
 from invsolve.metrics import body_mask, psnr, ssim
 from invsolve.operators import GaussianNoise
+from invsolve.operators.ct import Window
 from invsolve.operators.parametric import Parametric, Rows
 from invsolve.priors.weights import read_card
 from invsolve.samplers.solvers import Multistep
@@ -54,6 +57,8 @@ from invsolve.units import MU_WATER
 
 RESULTS = Path(__file__).parent / "results" / "dfm.json"
 IMAGES, TUNE, DRAWS, STEPS = 32, 8, 16, 30
+SEEN = 8
+"""Views that are given."""
 RANGE = {"ct": 2 * MU_WATER, "mr": 1.0}
 NONE = {"ct": "FBP", "mr": "zero-filled"}
 LAMS = {
@@ -64,15 +69,32 @@ LAMS = {
 
 @dataclass(frozen=True, eq=False)
 class Test:
-    """Images, what was measured of them, and where they count."""
+    """Images, what was measured of them, and where they count.
 
+    Attributes:
+        family: of the operators.
+        x: the images.
+        rows: which were acquired, of each image or of all.
+        y: the measurements, with noise of ``sigma``.
+        region: where pixels are scored.
+    """
+
+    family: Parametric
     x: Tensor
     rows: Rows
-    problem: iv.InverseProblem
+    y: Tensor
+    sigma: float
     region: Tensor
 
+    @property
+    def problem(self) -> iv.InverseProblem:
+        """All images at once."""
+        return iv.InverseProblem(
+            self.y, self.family(self.rows), GaussianNoise(self.sigma)
+        )
 
-def tests(kind: str, data: Path, part: str, n: int) -> Test:
+
+def tests(kind: str, data: Path, part: str, n: int, *, even: bool = False) -> Test:
     """Of patients of a part, evenly chosen."""
     x = SLICES[kind](parts(data, kind)[part])
     x = x[torch.linspace(0, len(x) - 1, n).long()]
@@ -80,7 +102,11 @@ def tests(kind: str, data: Path, part: str, n: int) -> Test:
     rows = torch.zeros(1, *family.grid, dtype=torch.bool)
     generator = Generator().manual_seed(3)
     if kind == "ct":
-        rows[:, ::6] = True
+        if even:
+            rows[:, :: VIEWS // SEEN] = True
+        else:
+            all_ = torch.ones(n, *family.grid, dtype=torch.bool)
+            (rows,) = family.split(all_, torch.full((n, 1), SEEN), generator=generator)
         sigma, z = CT_SIGMA, ct_sinograms(x)
         region = body_mask(x)
     else:
@@ -88,9 +114,8 @@ def tests(kind: str, data: Path, part: str, n: int) -> Test:
         others = torch.randperm(60, generator=generator)[:4]
         rows[:, others + 4 * (others >= 30)] = True
         sigma, z, region = MR_SIGMA, family.full.apply(x), x > 0.05
-    noise = GaussianNoise(sigma)
-    y = family.restrict_data(noise.sample(z, generator=generator), rows)
-    return Test(x, rows, iv.InverseProblem(y, family(rows), noise), region)
+    y = family.restrict_data(GaussianNoise(sigma).sample(z, generator=generator), rows)
+    return Test(family, x, rows, y, sigma, region)
 
 
 # --- methods: (test, generator) to draws, and how many passes of a network each took
@@ -138,11 +163,17 @@ class Choice:
 
 
 def methods(
-    kind: str, data: Path, prior: NetworkForwardPrior, out: Path, choice: Choice
+    kind: str,
+    data: Path,
+    prior: NetworkForwardPrior,
+    out: Path,
+    choice: Choice,
+    *,
+    even: bool = False,
 ) -> Mapping[str, Method]:
     """All that are compared, by name."""
     at = setting(kind, data)
-    tuning = cache(partial(tests, kind, data, "val", TUNE))
+    tuning = cache(partial(tests, kind, data, "val", TUNE, even=even))
 
     def tuned(name: str, grid: list[Any], run: Callable[[Test, Any], Tensor]) -> Any:
         """The setting of the best PSNR on other patients."""
@@ -151,24 +182,18 @@ def methods(
         )
 
     def classical(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
-        y = test.problem.y
         if kind == "mr":
-            return families()[kind].linear.adjoint(y)[None], 0
-        seen = test.rows[0]
-        beam = replace(ct_beam(), angles=ct_beam().angles[seen])
-        problem = iv.InverseProblem(y[:, :, seen], beam, test.problem.noise)
-        windows = ["ram-lak", "shepp-logan", "cosine", "hann"]
+            return test.family.linear.adjoint(test.y)[None], 0
 
-        def by(test: Test, window: str) -> Tensor:
-            some = iv.InverseProblem(test.problem.y[:, :, seen], beam, problem.noise)
-            return iv.solve(
-                some, None, samplers.fbp, generator=g, window=window
-            ).samples[0]
+        def by(test: Test, window: Window) -> Tensor:
+            found, noise = [], GaussianNoise(test.sigma)
+            for y, seen in zip(test.y, test.rows.expand(len(test.y), -1), strict=True):
+                beam = replace(ct_beam(), angles=ct_beam().angles[seen])
+                problem = iv.InverseProblem(y[None, :, seen], beam, noise)
+                found.append(samplers.fbp(problem, window=window))
+            return torch.cat(found)
 
-        window = tuned("FBP", windows, by)
-        return iv.solve(
-            problem, None, samplers.fbp, generator=g, window=window
-        ).samples, 0
+        return by(test, tuned("FBP", list(get_args(Window)), by))[None], 0
 
     def tv(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
         def by(test: Test, lam: float) -> Tensor:
@@ -188,14 +213,11 @@ def methods(
 
     def oracle(test: Test, g: Generator, n: int) -> tuple[Tensor, float]:
         model, spread = trained("supervised", kind, at, out)
-        y = model.whitened(test.problem.y)
+        y = model.whitened(test.y)
+        rows = test.rows.expand(len(y), *test.rows.shape[1:])
+        some = list(zip(y.split(16), rows.split(16), strict=True))
         draws = [
-            torch.cat(
-                [
-                    Oracle(model, spread).sample(v, test.rows, STEPS, g)
-                    for v in y.split(16)
-                ]
-            )
+            torch.cat([Oracle(model, spread).sample(*v, STEPS, g) for v in some])
             for _ in range(n)
         ]
         return model.gain * torch.stack(draws), STEPS + 1
@@ -254,7 +276,7 @@ def ambient_prior(model: NetworkForwardPrior, at: Setting) -> iv.priors.Prior:
 @torch.no_grad()
 def guess(model: NetworkForwardPrior, test: Test) -> Tensor:
     """The mean that a network gives, in the image's unit."""
-    return model.gain * model.guess(model.whitened(test.problem.y), test.rows)
+    return model.gain * model.guess(model.whitened(test.y), test.rows)
 
 
 # --- scores
@@ -279,16 +301,13 @@ def held(draws: Tensor, x: Tensor) -> Tensor:
 def scores(kind: str, draws: Tensor, test: Test) -> dict[str, Any]:
     """Of one draw and of the mean; and whether the truth is as likely as a draw."""
     one, mean, n = draws[0], draws.mean(0), len(draws)
-    A, noise = test.problem.linear, test.problem.noise
-    assert isinstance(noise, GaussianNoise) and isinstance(noise.sigma, float)
-    sigma = noise.sigma
-    seen = families()[kind].spread(test.rows).expand(test.problem.y.shape)
-    misfit = ((A.apply(one) - test.problem.y)[seen]).abs().square().mean()
+    seen = test.family.spread(test.rows).expand(test.y.shape)
+    misfit = ((test.problem.linear.apply(one) - test.y)[seen]).abs().square().mean()
     row: dict[str, Any] = {
         "psnr": _psnr(kind, one, test).tolist(),
         "ssim": ssim(one, test.x, RANGE[kind], test.region).tolist(),
         "psnr_of_mean": _psnr(kind, mean, test).tolist(),
-        "misfit": float(misfit) / (sigma**2 * (1 + test.problem.y.is_complex())),
+        "misfit": float(misfit) / (test.sigma**2 * (1 + test.y.is_complex())),
     }
     if n > 1:
         inside = held(draws, test.x)[test.region]
@@ -307,15 +326,18 @@ def scores(kind: str, draws: Tensor, test: Test) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Make what is not there yet."""
     everything: dict[str, Any] = read(args.results)
-    found = everything.setdefault(args.kind, {"rows": {}})
+    found = everything.setdefault(table_of(args), {"rows": {}})
     prior = iv.priors.load(args.prior)
     assert isinstance(prior, NetworkForwardPrior)
-    test = tests(args.kind, args.data, "test", args.images)
+    test = tests(args.kind, args.data, "test", args.images, even=args.even)
     choice = Choice(found.setdefault("chosen", {}))
-    todo = methods(args.kind, args.data, prior, args.out, choice)
+    todo = methods(args.kind, args.data, prior, args.out, choice, even=args.even)
+    names = args.names or list(todo)
+    if unknown := set(names) - set(todo):
+        raise SystemExit(f"no method {unknown}: choose from {list(todo)}")
     pictures: dict[str, Tensor] = {}
-    for name, method in tqdm(todo.items(), desc=args.kind):
-        if name in found["rows"]:
+    for name, method in tqdm(todo.items(), desc=table_of(args)):
+        if name in found["rows"] or name not in names:
             continue
         clock, aside = time.process_time(), choice.seconds
         try:
@@ -335,7 +357,7 @@ def run(args: argparse.Namespace) -> None:
             "seconds": seconds,
         }
         pictures[name] = draws[:, ::8].half()
-        keep = args.out / f"pictures-{args.kind}.pt"
+        keep = args.out / f"pictures-{table_of(args)}.pt"
         old = torch.load(keep, weights_only=True) if keep.exists() else {}
         torch.save({**old, **pictures, "truth": test.x[::8]}, keep)
         card = read_card(args.prior)[0]
@@ -349,6 +371,11 @@ def run(args: argparse.Namespace) -> None:
         }
         text = json.dumps(everything, indent=1) + "\n"
         io.replace(args.results, lambda p: Path(p).write_text(text))  # noqa: B023
+
+
+def table_of(args: argparse.Namespace) -> str:
+    """The name of its results, and of its table."""
+    return args.kind + "-even" * args.even
 
 
 EXACT = (10, 20, 50, 100, 250)
@@ -417,11 +444,12 @@ def operator(args: argparse.Namespace) -> None:
     """How far an image is from what its own noise-free data say it is, by model."""
     x = tests("ct", args.data, "test", args.images)
     z, lines = ct_sinograms(x.x), []
-    for times, name in (
-        (1, "Joseph's, pixels as points"),
-        (OVERSAMPLE, "finer pixels"),
+    for model, name in (
+        ({}, "Joseph's, pixels and elements as points"),
+        ({"oversample": MODEL["oversample"]}, "finer pixels"),
+        (MODEL, "finer pixels, two rays an element"),
     ):
-        A = replace(ct_beam(), oversample=times)
+        A = replace(ct_beam(), **model)
         off = float((A.apply(x.x) - z).square().mean().sqrt())
         nothing = torch.zeros_like(x.x)
         scores = [
@@ -492,10 +520,11 @@ def picture(args: argparse.Namespace) -> None:
     """Truth, reconstructions and draws, side by side."""
     from matplotlib.figure import Figure
 
-    saved = torch.load(args.out / f"pictures-{args.kind}.pt", weights_only=True)
+    table = table_of(args)
+    saved = torch.load(args.out / f"pictures-{table}.pt", weights_only=True)
     truth = saved.pop("truth")
     shown: dict[str, Tensor] = {"truth": truth}
-    for name in read(args.results)[args.kind]["rows"]:
+    for name in read(args.results)[table]["rows"]:
         if name in saved:
             shown[name] = saved[name][0].float()
     for name in ("DFM, three targets, closing draw", "supervised sampler (oracle)"):
@@ -510,7 +539,7 @@ def picture(args: argparse.Namespace) -> None:
             axes[i, j].set_axis_off()
             if i == 0:
                 axes[i, j].set_title(textwrap.fill(name, 20), fontsize=6)
-    figure.savefig(args.docs.parent / f"dfm-{args.kind}.png", dpi=110)
+    figure.savefig(args.docs.parent / f"dfm-{table}.png", dpi=110)
 
 
 PARTS = {
@@ -529,7 +558,9 @@ def main() -> None:
     data = Path(os.environ.get("INVSOLVE_DATA", "."))
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--kind", choices=["ct", "mr"], default="ct")
-    parser.add_argument("--prior", type=str, default="dfm-ct-32")
+    parser.add_argument("--even", action="store_true", help="views of CT evenly spread")
+    parser.add_argument("--names", nargs="+", help="methods; all unless given")
+    parser.add_argument("--prior", default="runs/dfm-ct/dfm-ct-32.json")
     parser.add_argument("--out", type=Path, default=Path("runs/dfm"))
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--results", type=Path, default=RESULTS)

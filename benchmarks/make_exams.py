@@ -36,8 +36,9 @@ VIEWS, CT_SIGMA = 48, 0.03
 FINER = 3
 """How many detector elements are averaged to one, and how much finer pixels are where
 measurements are simulated."""
-OVERSAMPLE = 2
-"""Pixels of 8 mm are no points: what the operator that is trained with makes of them."""
+MODEL = {"oversample": 2, "rays": 2}
+"""Pixels and elements of 8 mm are no points: what the operator that is trained with makes
+of them."""
 CENTRE, MR_SIGMA = 4, 0.01
 HELD_OUT = 64
 """Exams of a file by which training is measured."""
@@ -61,7 +62,7 @@ def ct_sinograms(x: Tensor) -> Tensor:
 def families() -> dict[str, Parametric]:
     """All that can be measured."""
     return {
-        "ct": Parametric.views(replace(ct_beam(), oversample=OVERSAMPLE)),
+        "ct": Parametric.views(replace(ct_beam(), **MODEL)),
         "mr": Parametric.lines((SIDE, SIDE), real=True),
     }
 

@@ -93,7 +93,8 @@ def memory_plan(
         parts: of the prior, each asked in its chunks, one at a time.
         begun: whether it begins with a volume that is given.
     """
-    like, y = problem.linear.image_like(problem.y[:1]), problem.y[:1]
+    one = problem.items(torch.tensor([0]))
+    like, y = one.linear.image_like(one.y), one.y
     each = [one_slice(part, like) for part in parts]
     most = max(range(len(parts)), key=lambda k: parts[k].chunk * each[k])
     weights = sum(
