@@ -378,7 +378,7 @@ class Parametric:
             "the operator is not one of those that were trained for: it has another "
             "geometry; its rows must be among prior.family's"
         )
-        each = A.items(torch.zeros(1, dtype=torch.long), y.ndim) is not A
+        each = A.items(torch.tensor([0]), y.ndim) is not A
         try:
             seen = A.apply(x.expand(len(y), *x.shape[1:]) if each else x)
             all_ = self.full.apply(gain * x)

@@ -106,8 +106,7 @@ class Stack(LinearOperator):
         tensor = next(tensors(self.operators), None)
         device = torch.device("cpu") if tensor is None else tensor.device
         x = torch.zeros(1, *self.shape, dtype=dtype, device=device)
-        first = torch.zeros(1, dtype=torch.long, device=device)
-        parts = [A.items(first, x.ndim)(x) for A in self.operators]
+        parts = [A.items(torch.tensor([0]), x.ndim)(x) for A in self.operators]
         if len({part.is_complex() for part in parts}) > 1:
             raise ValueError(
                 "a Stack measures real or complex numbers, not both: "

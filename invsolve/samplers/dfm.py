@@ -63,7 +63,8 @@ def dfm(
         solver: one of `samplers.solvers` instead of DDIM; one of second order needs few
             steps.
         targets: how many targets of the size that was trained with, drawn from the rows
-            that were not acquired; ``all`` until every row is; or the targets themselves.
+            that were not acquired (of an item with fewer, those); ``all`` until every row
+            is; or the targets themselves.
             Contexts larger than those of the training are extrapolated to.
         guidance: w of ŷ = ŷ₀ + w (ŷ_C − ŷ₀), where ŷ₀ is without context; 1 is none.
         closing: ``gaussian`` adds the draw.
